@@ -1,0 +1,315 @@
+"""What `burnish check` looks at, stage by stage. A stage that cannot be entered without another's result is skipped."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from burnish.errors import DataError, UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from typing_extensions import TypeIs
+
+    from burnish.commands._sizes import NumParameters
+    from burnish.data.renderers.base import LiveRenderer
+    from burnish.data.sources.base import RowShards, RowTable, Source
+    from burnish.recipe import Recipe
+    from burnish.types import Rendered, Row
+
+RENDER_BATCH = 256
+"""Rows tokenised together."""
+MAX_REFUSALS = 20
+"""Bad rows shown for each source; the rest is a number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report."""
+
+    stage: str
+    verdict: Literal["ok", "warning", "refused"]
+    text: str
+    cure: str = ""
+
+    @staticmethod
+    def refusal(stage: str, error: UserError, prefix: str = "") -> Finding:
+        """What a UserError says, as a line."""
+        place = f"{error.where}: " if error.where else ""
+        return Finding(stage, "refused", f"{prefix}{place}{error.reason}", error.cure)
+
+    def __str__(self) -> str:
+        cure = f"\n{'':20}cure: {self.cure}" if self.cure else ""
+        return f"{self.verdict:8} {self.stage:10} {self.text}{cure}"
+
+    def as_dict(self) -> dict[str, str]:
+        """The same for `--json`."""
+        return {"stage": self.stage, "verdict": self.verdict, "text": self.text, "cure": self.cure}
+
+
+@dataclass(slots=True)
+class Seen:
+    """What rendering the rows of one source showed."""
+
+    num_rows: int = 0
+    num_untrained: int = 0
+    lengths: list[int] = field(default_factory=list)
+    """Tokens of each document that would be trained on."""
+    fates: Counter[str] = field(default_factory=Counter)
+    refusals: list[DataError] = field(default_factory=list)
+
+    def add(self, rendered: Rendered) -> None:
+        """Counts one row."""
+        self.num_rows += 1
+        self.fates += rendered.fates
+        if rendered.refusal is not None:
+            self.refusals.append(rendered.refusal)
+        elif rendered.group is not None:
+            self.lengths.append(len(rendered.group))
+            self.num_untrained += not any(sample.loss_mask.any() for sample in rendered.group.samples)
+
+
+class Preflight:
+    """A recipe whose schema is clean, on its way to a verdict."""
+
+    def __init__(self, recipe: Recipe, num_rows: int | None) -> None:
+        """`num_rows`: how many rows of each source are rendered; None: all."""
+        self.recipe, self.num_rows = recipe, num_rows
+        train = {f"data.train.{i}": source for i, source in enumerate(recipe.data.train)}
+        self.sources: dict[str, Source] = train | {f"data.eval.{i}": s for i, s in enumerate(recipe.data.eval)}
+        self.tables: dict[str, RowTable | RowShards] = {}
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        self.hf_config: PretrainedConfig | None = None
+        self.seen: dict[str, Seen] = {}
+
+    def findings(self) -> Iterator[Finding]:
+        """Every line of the report, in the order of what it costs to find out."""
+        yield from self.run_folder()
+        yield from self.files()
+        yield from self.model()
+        yield from self.masks()
+        yield from self.batches()
+        yield from self.sizes()
+
+    def run_folder(self) -> Iterator[Finding]:
+        """Whether the run folder is free, or holds a run that this recipe may go on with."""
+        folder = Path(self.recipe.run_dir)
+        saved = folder / "recipe.json"
+        if not saved.is_file():
+            yield Finding("run", "ok", f"{folder}: a new run")
+            return
+        changed = self.recipe.changed_fixed_fields(json.loads(saved.read_text(encoding="utf-8")))
+        if changed:
+            cure = "undo the change to go on with that run, or give another run_dir"
+            yield Finding("run", "refused", f"{folder} holds a run of another recipe: {'; '.join(changed)}", cure)
+        else:
+            yield Finding("run", "ok", f"{folder}: this run goes on where it was left")
+
+    def files(self) -> Iterator[Finding]:
+        """Whether every source opens."""
+        for name, source in self.sources.items():
+            try:
+                table = source.open()
+            except UserError as error:
+                yield Finding.refusal("files", error, f"{name}: ")
+                continue
+            self.tables[name] = table
+            size = f"{len(table):,} rows" if _is_table(table) else f"{table.num_shards} shards, streamed"
+            yield Finding("files", "ok", f"{name}: {getattr(source, 'path', source.type)}, {size}")
+
+    def model(self) -> Iterator[Finding]:
+        """Whether model and tokenizer are there and agree."""
+        from burnish.model.load import load_config
+
+        model = self.recipe.model
+        try:
+            hf_config = self.hf_config = load_config(model)
+            yield Finding("model", "ok", f"{model.path}: {hf_config.model_type}, {model.dtype}")
+        except UserError as error:
+            yield Finding.refusal("model", error)
+        try:
+            tokenizer = self.recipe.data.tokenizer.open(model.path, model.revision)
+        except UserError as error:
+            yield Finding.refusal("tokenizer", error)
+            return
+        self.tokenizer = tokenizer
+        if self.hf_config is None:
+            return
+        num_ids = max(tokenizer.get_vocab().values()) + 1
+        rows = self.hf_config.get_text_config().vocab_size
+        template = "a chat template" if tokenizer.chat_template else "no chat template"
+        if num_ids > rows:
+            reason = f"the tokenizer has ids up to {num_ids - 1}, the model's embedding has {rows} rows"
+            yield Finding("tokenizer", "refused", reason, "use the model's own tokenizer: data.tokenizer={type: model}")
+        else:
+            yield Finding("tokenizer", "ok", f"{num_ids:,} ids in {rows:,} embedding rows, {template}")
+
+    def masks(self) -> Iterator[Finding]:
+        """Renders rows of every source: what is trained, what does not fit, what cannot be used."""
+        if self.tokenizer is None:
+            return
+        try:
+            renderer = self.recipe.data.renderer.open(self.tokenizer)
+        except UserError as error:
+            yield Finding.refusal("masks", error)
+            return
+        yield from _template(renderer)
+        for name, table in self.tables.items():
+            seen = self.seen[name] = self._render(table, renderer)
+            whole = _is_table(table) and seen.num_rows + len(seen.refusals) >= len(table)
+            yield self._shares(name, seen, whole=whole)
+            for error in seen.refusals[:MAX_REFUSALS]:
+                yield Finding.refusal("masks", error)
+            if len(seen.refusals) > MAX_REFUSALS:
+                yield Finding("masks", "refused", f"{name}: and {len(seen.refusals) - MAX_REFUSALS} rows more")
+
+    def _render(self, table: RowTable | RowShards, renderer: LiveRenderer) -> Seen:
+        from burnish.data.length import fit_length
+
+        seen, data = Seen(), self.recipe.data
+        for rows in _batches(table, self.num_rows, seen.refusals):
+            for rendered in renderer.render(rows):
+                seen.add(fit_length(rendered, data.max_length, data.over_length))
+        return seen
+
+    def _shares(self, name: str, seen: Seen, *, whole: bool) -> Finding:
+        tokens = max(seen.fates.total(), 1)
+        shares = ", ".join(f"{count / tokens:.1%} {fate}" for fate, count in seen.fates.most_common())
+        rows = f"{'all' if whole else 'the first'} {seen.num_rows:,}"
+        longest = f"; longest {max(seen.lengths):,} of {self.recipe.data.max_length:,}" if seen.lengths else ""
+        text = f"{name}: {rows} rows, {seen.fates.total():,} tokens: {shares}{longest}"
+        if not seen.fates["trained"]:
+            return Finding("masks", "refused", f"{text}; no token is trained", "`burnish data` shows the rendered rows")
+        if seen.num_untrained:
+            cure = "`burnish data` shows them; they cost time and teach nothing"
+            return Finding("masks", "warning", f"{text}; {seen.num_untrained} rows have no trained token", cure)
+        return Finding("masks", "ok", text)
+
+    def batches(self) -> Iterator[Finding]:
+        """What a step and an epoch are, from the lengths that were seen."""
+        from burnish.commands._sizes import epoch
+
+        train = {name: seen for name, seen in self.seen.items() if name.startswith("data.train")}
+        if not train or not all(seen.lengths for seen in train.values()):
+            return
+        recipe = self.recipe
+        weighted = [(self.sources[name].weight, seen.lengths) for name, seen in train.items()]
+        row_length, fill, documents_a_row = epoch(recipe, weighted)
+        documents, tokens = recipe.global_batch_size * documents_a_row, recipe.global_batch_size * row_length
+        trained = sum(seen.fates["trained"] for seen in train.values()) / sum(sum(lengths) for _, lengths in weighted)
+        yield Finding(
+            "batch",
+            "ok",
+            f"a step: {recipe.global_batch_size} rows x {row_length:,} = {tokens:,} tokens, {fill:.1%} filled, about "
+            f"{documents:,.0f} documents and {tokens * fill * trained:,.0f} trained tokens",
+        )
+        total = 0.0
+        for name, seen in train.items():
+            table = self.tables[name]
+            if not _is_table(table):
+                return
+            total += len(table) * len(seen.lengths) / seen.num_rows
+        yield Finding("batch", "ok", _length_of_run(recipe, total, documents))
+
+    def sizes(self) -> Iterator[Finding]:
+        """What it takes on disk and in memory."""
+        if self.hf_config is None:
+            return
+        from burnish.commands import _sizes
+
+        num_parameters = _sizes.count_parameters(self.recipe.model, self.hf_config)
+        yield Finding("model", "ok", f"{num_parameters.all:,} parameters, {num_parameters.trained:,} of them trained")
+        need = _sizes.disk_bytes(self.recipe, num_parameters)
+        folder = Path(self.recipe.run_dir).absolute()
+        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        free = shutil.disk_usage(existing).free
+        what = f"{self.recipe.checkpoint.keep + 1} checkpoints and the export"
+        text = f"{_sizes.show(need)} for {what}, {_sizes.show(free)} free"
+        cure = "free some, give run_dir on another disk, or lower checkpoint.keep"
+        yield Finding("disk", "refused", text, cure) if need > free else Finding("disk", "ok", text)
+        yield from self._memory(num_parameters)
+
+    def _memory(self, num_parameters: NumParameters) -> Iterator[Finding]:
+        from burnish.commands import _sizes
+
+        assert self.hf_config is not None
+        parts = _sizes.memory_bytes(self.recipe, self.hf_config, num_parameters)
+        place, available = _sizes.available_memory()
+        need = sum(size for size, _ in parts.values())
+        for name, (size, formula) in parts.items():
+            yield Finding("memory", "ok", f"{name:12} {_sizes.show(size):>9}  {formula}")
+        text = f"about {_sizes.show(need)} on each rank; {place} has {_sizes.show(available)}"
+        cure = "lower micro_batch_size or data.packing.row_length, or model.activation_checkpointing: full"
+        yield Finding("memory", "warning", text, cure) if need > available else Finding("memory", "ok", text)
+
+
+def _template(renderer: LiveRenderer) -> Iterator[Finding]:
+    """What the renderer found out about the chat template, where it has one."""
+    report = getattr(renderer, "report", None)
+    if report is None:
+        return
+    ends = " or ".join(map(repr, report.end_of_turn))
+    text = f"system {report.system}, reasoning {report.reasoning}, tool calls {report.tool_calls}"
+    if not ends:
+        cure = "use a chat template that ends a turn with a special token: data.renderer.chat_template_path"
+        yield Finding("template", "warning", f"nothing ends a turn, so a model would not learn to stop; {text}", cure)
+    else:
+        yield Finding("template", "ok", f"a turn ends with {ends}, which is trained; {text}")
+    if not report.as_served:
+        cure = "train the last turn alone, or use a template that does not rewrite earlier turns"
+        yield Finding("template", "warning", "a server's prompt for a turn is not a prefix of what is trained", cure)
+
+
+def _length_of_run(recipe: Recipe, num_documents: float, documents_a_step: float) -> str:
+    steps = num_documents / documents_a_step
+    if recipe.num_epochs is not None:
+        run = f"{recipe.num_epochs} epochs are about {max(1.0, recipe.num_epochs * steps):,.0f} steps"
+    else:
+        run = f"{recipe.num_steps:,} steps are {(recipe.num_steps or 0) / steps:.2g} epochs"
+    return f"{run}; an epoch is {num_documents:,.0f} documents, about {max(1.0, steps):,.0f} steps"
+
+
+def _is_table(table: RowTable | RowShards) -> TypeIs[RowTable]:
+    return hasattr(table, "__len__")
+
+
+def _batches(table: RowTable | RowShards, num_rows: int | None, refusals: list[DataError]) -> Iterator[list[Row]]:
+    """The first rows of a source, in batches; unusable rows are noted in `refusals` and left out."""
+    if not _is_table(table):
+        shards = (table.read(shard, 0) for shard in range(table.num_shards))
+        rows = itertools.islice(itertools.chain.from_iterable(shards), num_rows)
+        while batch := list(itertools.islice(_up_to_bad(rows, refusals), RENDER_BATCH)):
+            yield batch
+        return
+    total = len(table) if num_rows is None else min(num_rows, len(table))
+    for start in range(0, total, RENDER_BATCH):
+        indices = range(start, min(start + RENDER_BATCH, total))
+        try:
+            yield table.rows(indices)
+        except DataError:
+            yield _one_by_one(table, indices, refusals)
+
+
+def _up_to_bad(rows: Iterator[Row], refusals: list[DataError]) -> Iterator[Row]:
+    """A stream up to its first bad row: what follows cannot be reached."""
+    try:
+        yield from rows
+    except DataError as error:
+        refusals.append(error)
+
+
+def _one_by_one(table: RowTable, indices: range, refusals: list[DataError]) -> list[Row]:
+    """The rows that can be read; which of a batch could not, only reading them alone can tell."""
+    rows = []
+    for index in indices:
+        try:
+            rows += table.rows([index])
+        except DataError as error:
+            refusals.append(error)
+    return rows

@@ -1,0 +1,133 @@
+"""Estimates for `burnish check`: packing, parameters, bytes on disk and in memory. Each says its formula."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+    from transformers import PretrainedConfig
+
+    from burnish.model.config import ModelConfig
+    from burnish.recipe import Recipe
+
+NUM_PACKED = 4096
+"""Documents that are packed, by length alone, to estimate fill."""
+MASTER_BYTES = 4
+"""Trained weights, their gradients and AdamW's two moments are float32."""
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+PROCESS_BYTES = 700 * 2**20
+"""Resident size of Python with torch and transformers imported, before any weight."""
+
+
+class NumParameters(NamedTuple):
+    """Of the model with its adapter."""
+
+    all: int
+    trained: int
+
+
+def show(num_bytes: float) -> str:
+    """`1.5 GB`, in powers of 1024."""
+    for unit in ("B", "KB", "MB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} GB"
+
+
+def epoch(recipe: Recipe, sources: list[tuple[float, list[int]]]) -> tuple[int, float, float]:
+    """(tokens of a row, share of them filled, documents in one), by packing the lengths that were seen.
+
+    `sources` are (weight, lengths seen); lengths are drawn from each in proportion to its weight, over and over.
+    """
+    length = recipe.data.packing.tokens_per_row(recipe.data.max_length)
+    packer = recipe.data.packing.open(length)
+    total = sum(weight for weight, _ in sources)
+    drawn: list[tuple[float, int]] = []
+    for weight, seen in sources:
+        count = max(1, round(NUM_PACKED * weight / total))
+        # Spread evenly, as the mixture is: one source after the other would pack each with itself.
+        drawn += [
+            ((k + 0.5) / count, tokens) for k, tokens in enumerate(itertools.islice(itertools.cycle(seen), count))
+        ]
+    lengths = [tokens for _, tokens in sorted(drawn, key=lambda pair: pair[0])]
+    num_rows = 1 + max(packer.add(n)[0] for n in lengths)
+    return length, sum(lengths) / (num_rows * length), len(lengths) / num_rows
+
+
+def count_parameters(model: ModelConfig, hf_config: PretrainedConfig) -> NumParameters:
+    """Counted on the meta device: nothing is allocated."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=model.trust_remote_code)
+    base = sum(parameter.numel() for parameter in module.parameters())
+    if model.adapter is None:
+        return NumParameters(base, base)
+    added = adapter_parameters(module, getattr(model.adapter, "r", 0), getattr(model.adapter, "target_modules", []))
+    return NumParameters(base + added, added)
+
+
+def adapter_parameters(module: nn.Module, r: int, target_modules: str | Sequence[str]) -> int:
+    """Of low-rank adapters: r (in + out) for each linear layer that is named, or for all but the head."""
+    import torch
+
+    head = module.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    linear = {name: m for name, m in module.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+    if target_modules != "all-linear":
+        linear = {name: m for name, m in linear.items() if name.rpartition(".")[2] in target_modules}
+    return sum(r * (m.in_features + m.out_features) for m in linear.values())
+
+
+def disk_bytes(recipe: Recipe, num_parameters: NumParameters) -> int:
+    """Checkpoints (`keep` and the one being written: trained weights and two moments) and the export."""
+    checkpoint = 3 * MASTER_BYTES * num_parameters.trained
+    return (recipe.checkpoint.keep + 1) * checkpoint + DTYPE_BYTES[recipe.model.dtype] * num_parameters.all
+
+
+def memory_bytes(recipe: Recipe, hf_config: PretrainedConfig, count: NumParameters) -> dict[str, tuple[int, str]]:
+    """What a rank holds at the height of a step: name -> (bytes, formula)."""
+    c, size = hf_config.get_text_config(), DTYPE_BYTES[recipe.model.dtype]
+    tokens = recipe.micro_batch_size * recipe.data.packing.tokens_per_row(recipe.data.max_length)
+    layers, hidden = c.num_hidden_layers, c.hidden_size
+    heads = c.num_attention_heads * (getattr(c, "head_dim", None) or hidden // c.num_attention_heads)
+    keys = heads * (getattr(c, "num_key_value_heads", None) or c.num_attention_heads) // c.num_attention_heads
+    inner = getattr(c, "intermediate_size", None) or 4 * hidden
+    whole = 4 * hidden + 3 * heads + 4 * keys + 4 * inner
+    products = 2 * hidden + 2 * heads + 2 * keys + 2 * inner
+    a_token, kept = {
+        "none": (layers * whole, "layers x (4 hidden + 3 q + 4 kv + 4 inner)"),
+        "selective": (layers * products + whole, "layers x (2 hidden + 2 q + 2 kv + 2 inner) + one whole layer"),
+        "full": (layers * hidden + whole, "layers x hidden + one whole layer"),
+    }[recipe.model.activation_checkpointing]
+    chunk = min(recipe.model.projection_chunk, tokens)
+    trains_head, frozen = recipe.model.adapter is None, count.all - count.trained
+    return {
+        "weights": (
+            size * frozen + MASTER_BYTES * count.trained,
+            f"{frozen:,} frozen x {size} bytes + {count.trained:,} trained x {MASTER_BYTES}",
+        ),
+        "gradients": (MASTER_BYTES * count.trained, f"{count.trained:,} trained x {MASTER_BYTES}"),
+        "optimizer": (2 * MASTER_BYTES * count.trained, f"two moments x {count.trained:,} x {MASTER_BYTES}"),
+        "activations": (size * tokens * a_token, f"{tokens:,} tokens x {size} x {kept}"),
+        "projection": (
+            4 * c.vocab_size * (2 * chunk + hidden * trains_head),
+            f"{c.vocab_size:,} vocabulary x 4 x (2 x {chunk} tokens{' + hidden, the gradient' * trains_head})",
+        ),
+        "process": (PROCESS_BYTES, "Python, torch and transformers"),
+    }
+
+
+def available_memory() -> tuple[str, int]:
+    """(name, bytes) of what a rank would run on."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1]
+    return "this machine", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

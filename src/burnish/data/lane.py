@@ -1,0 +1,188 @@
+"""One lane: its part of the mixed order, rendered, cut to length and packed into its own open bins.
+
+A lane is a pure function of the recipe's data, the seed and its state; it never learns how many ranks there are.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from burnish.data.feed import Cursor, Ref, ShardFeed, TableFeed, each
+from burnish.data.length import fit_length
+from burnish.data.mix import Mixer
+from burnish.errors import DataError, ResumeError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from burnish.data.config import DataConfig
+    from burnish.data.renderers.base import LiveRenderer
+    from burnish.types import Group, Rendered, Row
+
+RENDER_ROWS = 64
+"""Rows rendered at once: enough for one `encode_batch` to keep every core busy."""
+
+MAX_DROPS = 10_000
+"""Rows a lane may drop on the way to one packed row, so that a lane that keeps next to none cannot hang."""
+
+
+class Kitchen:
+    """Refs to rendered samples: what all lanes share."""
+
+    def __init__(self, feeds: Sequence[TableFeed | ShardFeed], data: DataConfig, renderer: LiveRenderer) -> None:
+        self.feeds, self._data, self._renderer = feeds, data, renderer
+        self.weights = [source.weight for source in data.train]
+        self.doing = "starting"
+
+    def render(self, refs: Sequence[Ref]) -> list[Rendered | DataError]:
+        """One result a ref, in order; fetched source by source, tokenised together."""
+        fetched: dict[Ref, Row | DataError] = {}
+        for source in sorted({ref.source for ref in refs}):
+            self.doing = f"reading data.train.{source}"
+            own = [ref for ref in refs if ref.source == source]
+            fetched.update(zip(own, self.feeds[source].fetch(own), strict=True))
+        rows = [row for ref in refs if not isinstance(row := fetched[ref], DataError)]
+        if rows:
+            self.doing = f"rendering {len(rows)} rows from {rows[0].where} on"
+        results = iter(render_rows(rows, self._renderer, self._data))
+        return [row if isinstance(row := fetched[ref], DataError) else next(results) for ref in refs]
+
+
+def render_rows(rows: Sequence[Row], renderer: LiveRenderer, data: DataConfig) -> list[Rendered | DataError]:
+    """Rendered and cut to `max_length`; a row that the renderer raises for is that DataError."""
+    results = each(renderer.render, rows) if rows else []
+    return [
+        result if isinstance(result, DataError) else fit_length(result, data.max_length, data.over_length)
+        for result in results
+    ]
+
+
+class Entry(NamedTuple):
+    """A sample on its way into a row."""
+
+    ref: Ref
+    rendered: Rendered
+
+    @property
+    def group(self) -> Group:
+        assert self.rendered.group is not None
+        return self.rendered.group
+
+
+class Packed(NamedTuple):
+    """The contents of a finished row."""
+
+    entries: list[Entry]
+    dropped: list[Entry]
+    """Samples that were dropped since the lane's row before this."""
+    state: dict[str, Any] | None
+    """JSON: the lane after this row; None for a row of the tail, which belongs to no lane."""
+
+
+class _Ticket(NamedTuple):
+    sample: int
+    counts: tuple[int, ...]
+    ref: Ref
+    cursor: Cursor
+
+
+class Lane:
+    """Samples `number`, `number` + lanes, ... of the mixed order, up to `num_samples` or for ever."""
+
+    def __init__(
+        self,
+        number: int,
+        kitchen: Kitchen,
+        data: DataConfig,
+        num_samples: int | None,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        self._number, self._kitchen, self._num_samples = number, kitchen, num_samples
+        self._lanes = data.packing.lanes
+        state = state or {"index": number - self._lanes, "counts": None, "cursors": {}, "bins": []}
+        self._drawn: int = state["index"]
+        self._mixer = Mixer(kitchen.weights, max(0, self._drawn), state["counts"])
+        self._cursors = {int(source): Cursor(*cursor) for source, cursor in state["cursors"].items()}
+        self._packed_cursors = dict(self._cursors)
+        self._ready: deque[tuple[_Ticket, Rendered | DataError]] = deque()
+        self._dropped: list[Entry] = []
+        self.bins: dict[int, list[Entry]] = dict(enumerate(self._restored(state["bins"])))
+        """Contents of the open rows, oldest first."""
+        fills = [
+            (sum(len(entry.group) for entry in entries), sum(len(entry.group.samples) for entry in entries))
+            for entries in self.bins.values()
+        ]
+        self._packer = data.packing.open(data.packing.tokens_per_row(data.max_length), fills)
+
+    def next(self) -> Packed | None:
+        """The next finished row; None when the lane's samples are over (the rest is in `bins`).
+
+        Raises:
+            DataError: a row without which the next packed row cannot be made is refused.
+        """
+        while self._ready or self._refill():
+            ticket, rendered = self._ready[0]
+            refusal = rendered if isinstance(rendered, DataError) else rendered.refusal
+            if refusal is not None:
+                raise refusal
+            assert not isinstance(rendered, DataError)
+            self._ready.popleft()
+            self._packed_cursors[ticket.ref.source] = ticket.cursor
+            entry = Entry(ticket.ref, rendered)
+            if rendered.group is None:
+                self._drop(entry)
+                continue
+            number, closed = self._packer.add(len(entry.group), len(entry.group.samples))
+            self.bins.setdefault(number, []).append(entry)
+            if closed is not None:
+                return Packed(self.bins.pop(closed), self.take_dropped(), self._state(ticket))
+        return None
+
+    def take_dropped(self) -> list[Entry]:
+        """Samples dropped since the last finished row, once."""
+        dropped, self._dropped = self._dropped, []
+        return dropped
+
+    def _drop(self, entry: Entry) -> None:
+        self._dropped.append(entry)
+        if len(self._dropped) >= MAX_DROPS:
+            (fate,) = list(entry.rendered.fates)[:1] or ["dropped"]
+            raise DataError(
+                f"{MAX_DROPS} rows were dropped before one packed row was full, the last as '{fate}'",
+                where=entry.rendered.row.where,
+                cure="see what becomes of a row with `burnish data`; raise data.max_length if they are too long",
+            )
+
+    def _refill(self) -> bool:
+        tickets = []
+        while len(tickets) < RENDER_ROWS:
+            index = self._drawn + self._lanes
+            if self._num_samples is not None and index >= self._num_samples:
+                break
+            source, ordinal = self._mixer.at(index)
+            cursor = self._cursors.get(source, Cursor())
+            ref, self._cursors[source] = self._kitchen.feeds[source].next(ordinal, self._number, cursor)
+            tickets.append(_Ticket(index, self._mixer.counts, ref, self._cursors[source]))
+            self._drawn = index
+        self._ready.extend(zip(tickets, self._kitchen.render([ticket.ref for ticket in tickets]), strict=True))
+        return bool(tickets)
+
+    def _state(self, last: _Ticket) -> dict[str, Any]:
+        moved = {str(source): list(cursor) for source, cursor in self._packed_cursors.items() if cursor != Cursor()}
+        bins = [[list(entry.ref) for entry in entries] for entries in self.bins.values()]
+        return {"index": last.sample, "counts": list(last.counts), "cursors": moved, "bins": bins}
+
+    def _restored(self, bins: list[list[list[int]]]) -> list[list[Entry]]:
+        refs = [Ref(*ref) for refs in bins for ref in refs]
+        entries = []
+        for ref, rendered in zip(refs, self._kitchen.render(refs), strict=True):
+            if isinstance(rendered, DataError) or rendered.group is None:
+                raise ResumeError(
+                    f"row {ref.row} (shard {ref.shard}) was used before the checkpoint and is refused now",
+                    where=f"data.train.{ref.source}",
+                    cure="bring the data back as they were, or start a new run_dir",
+                )
+            entries.append(Entry(ref, rendered))
+        remaining = iter(entries)
+        return [[next(remaining) for _ in refs] for refs in bins]

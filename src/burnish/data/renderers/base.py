@@ -1,0 +1,32 @@
+"""What a renderer is: rows to token ids with a loss mask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from burnish.component import Component
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from burnish.types import Rendered, Row
+
+
+class LiveRenderer(Protocol):
+    """A renderer bound to its tokenizer. Pure: the same rows give the same arrays, in any batch, thread or process."""
+
+    chat_template: str | None
+    """What conversations were rendered with, to be shipped with the export; None where there is no template."""
+
+    def render(self, rows: Sequence[Row]) -> list[Rendered]:
+        """One result a row, in order, tokenised together (one `encode_batch`) because that is where the time goes."""
+        ...
+
+
+class Renderer(Component):
+    """How a row becomes tokens, and which of them are trained."""
+
+    def open(self, tokenizer: PreTrainedTokenizerBase) -> LiveRenderer:
+        """Proves on probe conversations that the mask can be located. Raises DataError with reason and cure if not."""
+        raise AssertionError(f"{type(self).__name__} cannot be opened")

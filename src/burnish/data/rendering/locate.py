@@ -1,0 +1,392 @@
+"""Which characters of a rendered conversation the model is to write: the mask, by characters, with a proof.
+
+Two locators. *Tags*: the template says it itself with `{% generation %}`. *Counterfactual*: the conversation is
+rendered a second time with marks around every message's content; the second text without its marks must be the first,
+character by character, so the template did not look at the marks and their places hold. No template needs changing, and
+no prefix of a conversation needs to render like its beginning. Where both speak they must agree on the contents.
+
+Around the content the model also writes what the template adds: from the end of the generation prompt (so `<think>` or
+`<tool_call>` are trained) to the end-of-turn token. Both are learnt from probes (`probe.py`).
+
+Runs inside the template process; pure.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from burnish.data.rendering.template import MARK, TAG_CLOSE, TAG_OPEN, ChatTemplate, Marks, mark, take_marks
+
+Message = dict[str, Any]
+Span = tuple[int, int]
+
+REASONING = ("reasoning_content", "reasoning", "thinking")
+_CONTENT, _THOUGHT, _CALL = range(3)
+_KINDS = ("content", "reasoning", "tool_calls")
+_FIRST_STRING = 2
+"""Mark ids below belong to tags."""
+_TAG_IT = "mark what the model writes in the template with {% generation %} ... {% endgeneration %}"
+
+
+class Refused(Exception):
+    """This conversation cannot be trained with this template: reason and cure."""
+
+    def __init__(self, reason: str, cure: str) -> None:
+        super().__init__(reason, cure)
+        self.reason, self.cure = reason, cure
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """What the template writes around an assistant turn."""
+
+    prompt: str
+    """The generation prompt, `<|im_start|>assistant\\n`: the model writes what follows it."""
+    ends: tuple[str, ...]
+    """Tokens that end a turn: `<|im_end|>`; gpt-oss has one for the last turn, one for others, one for tool calls."""
+    specials: re.Pattern[str]
+    """Any special token."""
+    parts: bool = False
+    """The template takes content as a list of parts, not as a string."""
+
+    @cached_property
+    def control(self) -> tuple[str, ...]:
+        """Special tokens that make up turns: in a message they would forge one."""
+        return tuple(dict.fromkeys((*self.ends, *self.specials.findall(self.prompt))))
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One assistant message in the text: `spans` are trained, `core` reaches from its first content to its last."""
+
+    message: int
+    core: Span
+    spans: tuple[Span, ...]
+    ended: bool
+    """An end-of-turn token follows it."""
+
+
+def locate(
+    template: ChatTemplate,
+    anchors: Anchors,
+    messages: list[Message],
+    tools: list[dict[str, Any]] | None,
+    extra: dict[str, Any],
+) -> tuple[str, list[Turn]]:
+    """The text of a conversation and its assistant turns, in order.
+
+    Raises:
+        Refused: the template refuses the conversation, does not render part of it, or the mask cannot be proved.
+    """
+    messages = [_untrained(message) if "train" in message else message for message in messages]
+    if anchors.parts:
+        messages = [as_parts(message) for message in messages]
+    try:
+        text = template.render(messages, tools, extra)
+    except Exception as error:
+        raise Refused(
+            f"the chat template refuses this conversation: {said(error)}",
+            "change the conversation, or the template with `renderer.chat_template_path`",
+        ) from error
+    if MARK in text:
+        raise Refused(f"the text holds the noncharacter U+{ord(MARK):04X}", "remove it: no text may contain it")
+    failure = ""
+    for everything in (True, False):
+        marker = _Marker(template, anchors, everything)
+        marked = marker.messages(messages)
+        try:
+            rendered = template.render(marked, tools, extra, marking=True)
+        except Exception as error:
+            failure = f"with marks around the contents the template says: {said(error)}"
+            continue
+        plain, marks = take_marks(rendered)
+        if plain != text:
+            failure = f"marks around the contents change the text: {_difference(text, plain)}"
+            continue
+        _check_rendered(messages, marker.strings, marks)
+        return text, _turns(text, marks, marker.strings, messages, anchors)
+    if template.has_tags:
+        plain, marks = take_marks(template.render(messages, tools, extra, marking=True))
+        if plain == text:
+            return text, _tagged_turns(text, marks, messages, anchors)
+    raise Refused(f"the loss mask cannot be proved: {failure}", _TAG_IT)
+
+
+def _untrained(message: Message) -> Message:
+    return {key: value for key, value in message.items() if key != "train"}
+
+
+def as_parts(message: Message) -> Message:
+    """String content as a list of one text part, as serving engines do for templates that take lists.
+
+    >>> as_parts({"role": "user", "content": "hi"})
+    {'role': 'user', 'content': [{'type': 'text', 'text': 'hi'}]}
+    """
+    content = message.get("content")
+    if not isinstance(content, str):
+        return message
+    return {**message, "content": [{"type": "text", "text": content}] if content else []}
+
+
+class _Marker:
+    """Puts marks into a conversation. `everything`: other roles' contents and the names of tools too, which tell
+    template from content exactly; some templates compare those with something, so there is a second try without.
+
+    String k has the marks 2 + 2 * k before and 3 + 2 * k after it; `strings[k]` says whose it is.
+    """
+
+    def __init__(self, template: ChatTemplate, anchors: Anchors, everything: bool) -> None:
+        self._everything = everything
+        self._control = anchors.control
+        self._thought_tags = template.thought_tags
+        self.strings: list[tuple[int, int]] = []
+        """(message, kind)"""
+
+    def messages(self, messages: list[Message]) -> list[Message]:
+        return [self._message(i, message) for i, message in enumerate(messages)]
+
+    def _message(self, index: int, message: Message) -> Message:
+        content = message.get("content")
+        self._check(content, index)
+        marked = dict(message)
+        if message["role"] != "assistant":
+            if self._everything:
+                marked["content"] = self._content(content, index, ())
+            return marked
+        if content:
+            marked["content"] = self._content(content, index, self._thought_tags)
+        for key in REASONING:
+            if isinstance(message.get(key), str):
+                self._check(message[key], index)
+                marked[key] = self._wrapped(message[key], index, _THOUGHT)
+        if message.get("tool_calls"):
+            self._check(message["tool_calls"], index)
+            marked["tool_calls"] = [self._call(call, index) for call in message["tool_calls"]]
+        return marked
+
+    def _check(self, value: Any, index: int) -> None:
+        for text in (value,) if isinstance(value, str) else _strings(value):
+            for token in self._control:
+                if token in text:
+                    raise Refused(
+                        f"messages[{index}] holds the text of the control token {token}, which would forge a turn",
+                        f"remove it, or break it up: {token[:2]} {token[2:]}",
+                    )
+
+    def _content(self, content: Any, index: int, tags: tuple[str, ...]) -> Any:
+        if isinstance(content, str):
+            for tag in tags:
+                if tag in content:
+                    return self._thoughtful(content, index)
+            return self._wrapped(content, index, _CONTENT)
+        if isinstance(content, list):
+            return [
+                {**part, "text": self._wrapped(part["text"], index, _CONTENT)}
+                if isinstance(part, dict) and isinstance(part.get("text"), str)
+                else part
+                for part in content
+            ]
+        return content
+
+    def _wrapped(self, text: str, index: int, kind: int) -> str:
+        """Marks go inside the outer white space, so that a template that strips does the same with and without."""
+        core = text.strip()
+        if not core:
+            return text
+        first = _FIRST_STRING + 2 * len(self.strings)
+        self.strings.append((index, kind))
+        if len(core) == len(text):
+            return mark(first) + text + mark(first + 1)
+        at = text.index(core)
+        return text[:at] + mark(first) + core + mark(first + 1) + text[at + len(core) :]
+
+    def _thoughtful(self, content: str, index: int) -> str:
+        """`<think> a </think> b` -> `<think> [a] </think> {b}`, [] marks a thought, {} content: templates cut there."""
+        pieces = re.split(f"({'|'.join(map(re.escape, self._thought_tags))})", content)
+        for i in range(0, len(pieces), 2):
+            thought = (i > 0 and not _closes(pieces[i - 1])) or (i + 1 < len(pieces) and _closes(pieces[i + 1]))
+            pieces[i] = self._wrapped(pieces[i], index, _THOUGHT if thought else _CONTENT)
+        return "".join(pieces)
+
+    def _call(self, call: Any, index: int) -> Any:
+        function = call.get("function", call)
+        marked = {**function, "arguments": self._call_value(function.get("arguments"), index)}
+        if self._everything:
+            marked["name"] = self._call_value(function.get("name"), index)
+        return {**call, "function": marked} if "function" in call else marked
+
+    def _call_value(self, value: Any, index: int) -> Any:
+        if isinstance(value, str):
+            return self._wrapped(value, index, _CALL)
+        if isinstance(value, dict):
+            return {key: self._call_value(item, index) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._call_value(item, index) for item in value]
+        return value
+
+
+def _closes(tag: str) -> bool:
+    return tag.startswith(("</", "[/"))
+
+
+def _strings(value: Any) -> Sequence[str]:
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, dict):
+        return [text for item in value.values() for text in _strings(item)]
+    if isinstance(value, list):
+        return [text for item in value for text in _strings(item)]
+    return ()
+
+
+def _check_rendered(messages: list[Message], strings: list[tuple[int, int]], marks: Marks) -> None:
+    """Nothing may be dropped silently, but thoughts of earlier turns, which reasoning templates drop by design."""
+    if len({mark_id for mark_id, _ in marks if mark_id >= _FIRST_STRING}) == 2 * len(strings):
+        return
+    seen = {mark_id for mark_id, _ in marks}
+    last = next((i for i in reversed(range(len(messages))) if messages[i]["role"] in ("assistant", "user")), -1)
+    for k, (index, kind) in enumerate(strings):
+        first = _FIRST_STRING + 2 * k
+        if (first in seen and first + 1 in seen) or (kind == _THOUGHT and index != last):
+            continue
+        raise Refused(
+            f"the chat template does not render the {_KINDS[kind]} of messages[{index}] ({messages[index]['role']})",
+            "use a template that does (`renderer.chat_template_path`), or write it into the content, or remove it",
+        )
+
+
+def _contents(marks: Marks, strings: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """(message, first, last) in order of the text: each message's reach from its first mark to its last.
+
+    A call's name may come again in the header of its result (gpt-oss): the first time counts.
+    """
+    contents: list[tuple[int, int, int]] = []
+    seen: set[int] = set()
+    for mark_id, position in marks:
+        message, kind = strings[(mark_id - _FIRST_STRING) // 2]
+        if mark_id in seen and kind == _CALL:
+            continue
+        seen.add(mark_id)
+        if contents and contents[-1][0] == message:
+            contents[-1] = (message, contents[-1][1], position)
+        else:
+            contents.append((message, position, position))
+    return contents
+
+
+def _turns(
+    text: str, marks: Marks, strings: list[tuple[int, int]], messages: list[Message], anchors: Anchors
+) -> list[Turn]:
+    """Assistant turns from marks; tags, where the template has some, must agree and decide where a turn begins."""
+    tags = _tags(marks)
+    contents = _contents([m for m in marks if m[0] >= _FIRST_STRING] if tags else marks, strings)
+    if len({message for message, _, _ in contents}) < len(contents):
+        raise Refused("the loss mask cannot be proved: the template renders turns twice or inside one another", _TAG_IT)
+    if tags:
+        _check_agreement(text, tags, marks, strings, messages)
+    turns = []
+    for i, (message, first, last) in enumerate(contents):
+        if messages[message]["role"] != "assistant":
+            continue
+        before = contents[i - 1][2] if i else 0
+        after = contents[i + 1][1] if i + 1 < len(contents) else len(text)
+        found = text.rfind(anchors.prompt, before, first) if anchors.prompt else -1
+        start = found + len(anchors.prompt) if found >= 0 else first
+        end = _end_of_turn(text, last, after, anchors)
+        spans = ((start, end or last),)
+        if tags:
+            spans = _tagged_spans(text, (first, last), [t for t in tags if t[0] < after and t[1] > before], end)
+        turns.append(Turn(message, (first, last), spans, end is not None))
+    return turns
+
+
+def _end_of_turn(text: str, start: int, stop: int, anchors: Anchors) -> int | None:
+    """End of the token that ends the turn whose content ends at `start`, before the next content at `stop`."""
+    found = [at + len(end) for end in anchors.ends if (at := text.find(end, start, stop)) >= 0]
+    if found:
+        return min(found)
+    special = anchors.specials.search(text, start, stop)
+    return special.end() if special else None
+
+
+def _tags(marks: Marks) -> list[Span]:
+    opened = [position for mark_id, position in marks if mark_id == TAG_OPEN]
+    closed = [position for mark_id, position in marks if mark_id == TAG_CLOSE]
+    if len(opened) != len(closed):
+        raise Refused("the loss mask cannot be proved: the template cuts through its {% generation %} tags", _TAG_IT)
+    return list(zip(opened, closed, strict=True))
+
+
+def _check_agreement(
+    text: str, tags: list[Span], marks: Marks, strings: list[tuple[int, int]], messages: list[Message]
+) -> None:
+    """Tags must hold every character that an assistant message brought, and none that another message brought."""
+    places: dict[int, list[int]] = {}
+    for mark_id, position in marks:
+        if mark_id >= _FIRST_STRING:
+            places.setdefault((mark_id - _FIRST_STRING) // 2, []).append(position)
+    ends = [end for _, end in tags]
+    for k, (start, *rest) in places.items():
+        index = strings[k][0]
+        end = rest[0] if rest else start
+        at, tag = start, bisect_right(ends, start)
+        if messages[index]["role"] != "assistant":
+            at, wrong = (max(start, tags[tag][0]), "hold") if tag < len(tags) else (end, "")
+            end = min(end, tags[tag][1]) if at < end else at
+        else:
+            while tag < len(tags) and tags[tag][0] <= at < end:
+                at, tag = tags[tag][1], tag + 1
+            wrong = "leave out"
+        if at < end:
+            raise Refused(
+                f"the two mask locators disagree: the {{% generation %}} tags {wrong} {text[at:end][:40]!r} of "
+                f"messages[{index}] ({messages[index]['role']})",
+                "correct the tags in the template, or remove them all: the mask is then located without them",
+            )
+
+
+def _tagged_spans(text: str, core: Span, tags: list[Span], end: int | None) -> tuple[Span, ...]:
+    """The tags of one turn; the last one is made to end with the end-of-turn token, and not with white space."""
+    own = [(start, stop) for start, stop in tags if start <= core[1] and stop >= core[0]]
+    start, stop = own[-1]
+    return (*own[:-1], (start, max(start + len(text[start:stop].rstrip()), end or 0)))
+
+
+def _tagged_turns(text: str, marks: Marks, messages: list[Message], anchors: Anchors) -> list[Turn]:
+    """Assistant turns from tags alone: one tag a turn, or several where nobody asks which turn is which."""
+    tags = _tags(marks)
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if len(tags) != len(turns):
+        raise Refused(
+            f"the loss mask cannot be proved: {len(tags)} {{% generation %}} tags for {len(turns)} assistant turns",
+            "put one {% generation %} ... {% endgeneration %} around each assistant turn",
+        )
+    located = []
+    for i, (message, (start, end)) in enumerate(zip(turns, tags, strict=True)):
+        stop = start + len(text[start:end].rstrip())
+        ended = text.endswith(anchors.ends, start, stop) if anchors.ends else False
+        if not ended:
+            after = tags[i + 1][0] if i + 1 < len(tags) else len(text)
+            token = next((t for t in anchors.ends if text.startswith(t, stop) and stop + len(t) <= after), "")
+            stop, ended = stop + len(token), bool(token)
+        located.append(Turn(message, (start, stop), ((start, stop),), ended))
+    return located
+
+
+def _difference(text: str, other: str) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
+    return f"{text[max(0, at - 10) : at + 30]!r} becomes {other[max(0, at - 10) : at + 30]!r}"
+
+
+def said(error: Exception) -> str:
+    """What an exception says, in one line."""
+    if isinstance(error, MemoryError):
+        return "it needs too much memory"
+    if isinstance(error, RecursionError):
+        return "it calls itself without end"
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]

@@ -1,0 +1,81 @@
+"""Every error a person can meet, in one tree.
+
+    BurnishError
+    |-- UserError (ValueError)      refused: the input is wrong, nothing was spent      exit 2
+    |   |-- RecipeError             the recipe: schema, or parts that do not fit together
+    |   |-- DataError               a file, a row, a conversation, a template
+    |   |-- ModelError              weights, tokenizer or architecture
+    |   `-- ResumeError             the run folder: another owner, another recipe, no intact checkpoint
+    |-- RunFailed (RuntimeError)    the run went wrong by itself: three bad steps in a row     exit 1
+    `-- Stopped                     paused on purpose, the same command goes on                exit 75
+
+To add one: subclass the nearest, say in its docstring who meets it, and keep it picklable (all state in `args`).
+"""
+
+from __future__ import annotations
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_REFUSED = 2
+EXIT_STOPPED = 75
+
+
+class BurnishError(Exception):
+    """Root of the tree. `exit_code` is what the command line returns for it."""
+
+    exit_code = EXIT_FAILED
+
+
+class UserError(BurnishError, ValueError):
+    """What was asked for cannot be done. Says where, why, and what to do about it.
+
+    >>> print(DataError("the row is not JSON", where="data/train.jsonl:17", cure="fix or remove the line"))
+    data/train.jsonl:17: the row is not JSON
+      cure: fix or remove the line
+    """
+
+    exit_code = EXIT_REFUSED
+
+    def __init__(self, reason: str, where: str = "", cure: str = "") -> None:
+        super().__init__(reason, where, cure)
+        self.reason, self.where, self.cure = reason, where, cure
+
+    def __str__(self) -> str:
+        place = f"{self.where}: " if self.where else ""
+        cure = f"\n  cure: {self.cure}" if self.cure else ""
+        return f"{place}{self.reason}{cure}"
+
+
+class RecipeError(UserError):
+    """The recipe is wrong in itself; `problems` holds every one that was found, not only the first."""
+
+    def __init__(self, problems: tuple[UserError, ...]) -> None:
+        assert problems, "a RecipeError without a problem"
+        BurnishError.__init__(self, problems)
+        self.problems = problems
+        self.reason, self.where, self.cure = problems[0].reason, problems[0].where, problems[0].cure
+
+    def __str__(self) -> str:
+        return "\n".join(str(problem) for problem in self.problems)
+
+
+class DataError(UserError):
+    """A row, a file or a chat template cannot be used."""
+
+
+class ModelError(UserError):
+    """Weights, tokenizer or architecture cannot be used as the recipe asks."""
+
+
+class ResumeError(UserError):
+    """The run folder cannot be continued by this command."""
+
+
+class RunFailed(BurnishError, RuntimeError):
+    """The run was accepted, and failed by itself."""
+
+
+class Stopped(BurnishError):
+    """The run was paused with everything saved; the same command resumes it."""
+
+    exit_code = EXIT_STOPPED

@@ -1,0 +1,188 @@
+"""Running a recipe in this process.
+
+The one place where the parts of a run are built and handed to its workflow, in the order that refuses bad input before
+anything large is allocated: run folder, tokenizer, renderer, files, then the model.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from burnish.errors import EXIT_DONE, ResumeError
+from burnish.launch.base import Launch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from burnish.data.renderers.base import LiveRenderer
+    from burnish.launch.console import Console
+    from burnish.launch.metrics_file import MetricsFile
+    from burnish.launch.run_folder import RunFolder
+    from burnish.mesh import Mesh
+    from burnish.policy.policy import Policy
+    from burnish.recipe import Recipe
+    from burnish.track.base import LiveTracker
+    from burnish.workflows.base import Run
+
+
+class Local(Launch):
+    """This process; on the GPU if there is one."""
+
+    type: Literal["local"] = "local"
+
+    def run(self, recipe: Recipe, *, json_lines: bool = False) -> int:
+        """Trains to the end and exports; see `errors.py` for what else can happen."""
+        from burnish.launch.console import Console
+        from burnish.launch.run_folder import open_run_folder
+        from burnish.launch.signals import StopSignals
+
+        with ExitStack() as stack:
+            folder = stack.enter_context(open_run_folder(Path(recipe.run_dir)))
+            refuse_changes(folder, recipe)
+            stop = stack.enter_context(StopSignals())
+            console = Console(recipe.num_steps, json_lines=json_lines)
+            stack.callback(console.close)
+            tokenizer = recipe.data.tokenizer.open(recipe.model.path)
+            renderer = recipe.data.renderer.open(tokenizer)
+            run = build(recipe, folder, renderer, console, stack)
+            run.stop_requested = stop.requested
+            recipe.workflow.run(run)
+            if not (folder.path / "model").exists():
+                console.note(export_run(recipe, run.policy, tokenizer, renderer.chat_template, folder.path / "model"))
+        return EXIT_DONE
+
+
+def build(recipe: Recipe, folder: RunFolder, renderer: LiveRenderer, console: Console, stack: ExitStack) -> Run:
+    """The run as it stands in its folder; `stack` closes what was opened.
+
+    Raises:
+        UserError: any part of the recipe that turns out to be impossible.
+    """
+    import torch
+
+    from burnish.data.stream import eval_blocks, open_stream
+    from burnish.launch.metrics_file import MetricsFile
+    from burnish.mesh import open_mesh
+    from burnish.policy.checkpoint import Checkpointer
+    from burnish.policy.throughput import Throughput, peak_flops
+    from burnish.workflows.base import Cadence, Run
+
+    stream = open_stream(recipe.data, renderer, seed=recipe.seed, num_epochs=recipe.num_epochs)
+    stack.callback(stream.close)
+    mesh = stack.enter_context(open_mesh())
+    policy = open_policy(recipe, mesh)
+    checkpointer = Checkpointer(folder.path, keep=recipe.checkpoint.keep)
+    stack.callback(checkpointer.close)
+    metrics = MetricsFile(folder.path / "metrics.jsonl")
+    stack.callback(metrics.close)
+    journal = FolderJournal(folder, metrics, console, [])
+    run = Run(
+        policy=policy,
+        stream=stream,
+        held_out=(lambda: eval_blocks(recipe.data, renderer)) if recipe.data.eval else None,
+        schedule=recipe.schedule,
+        learning_rate=recipe.optimizer.learning_rate,
+        blocks_per_step=recipe.global_batch_size // mesh.world_size,
+        cadence=Cadence(recipe.num_steps, recipe.eval_every, recipe.checkpoint.save_every, recipe.stop_after),
+        checkpointer=checkpointer,
+        journal=journal,
+        throughput=Throughput(policy.model),
+        peak_flops=peak_flops(mesh.device, getattr(torch, recipe.model.dtype)),
+    )
+    restore(run)
+    metrics.cut(run.step)
+    for tracker in recipe.track:
+        journal.trackers.append(tracker.open(folder.path, run.step, recipe.resolved()))
+        stack.callback(journal.trackers[-1].close)
+    return run
+
+
+def open_policy(recipe: Recipe, mesh: Mesh) -> Policy:
+    """The model with its optimizer, as the recipe says.
+
+    Raises:
+        ModelError: it cannot be loaded, or its documents would see each other in packed rows.
+    """
+    import torch
+
+    from burnish.model.load import load_model, require_packable
+    from burnish.policy.policy import Policy
+
+    model = load_model(recipe.model, mesh, seed=recipe.seed)
+    if recipe.data.packing.type != "none":
+        require_packable(model)
+    optimizer = recipe.optimizer.open(model.trainable_parameters())
+    torch.manual_seed(recipe.seed)  # dropout; everything else draws from generators of its own
+    return Policy(
+        model, optimizer, mesh=mesh, micro_batch_size=recipe.micro_batch_size, max_grad_norm=recipe.max_grad_norm
+    )
+
+
+def refuse_changes(folder: RunFolder, recipe: Recipe) -> None:
+    """Compares with the recipe this run was started with, then writes the one it goes on with.
+
+    Raises:
+        ResumeError: a field that would change the losses differs.
+    """
+    saved = folder.recipe()
+    changed = recipe.changed_fixed_fields(saved) if saved is not None else []
+    if changed:
+        raise ResumeError(
+            "this run was started with another recipe:" + "".join(f"\n    {line}" for line in changed),
+            where=str(folder.path),
+            cure="undo the change to go on with this run, or give another run_dir to start a new one",
+        )
+    folder.write_recipe(recipe.resolved())
+
+
+def restore(run: Run) -> None:
+    """Continues from the newest intact checkpoint, if there is one, and says which were passed over."""
+    loaded = run.checkpointer.load_latest()
+    if loaded is None:
+        return
+    for reason in loaded.rejected:
+        run.journal.event("checkpoint_rejected", reason=reason)
+    run.load(loaded.tensors, loaded.state)
+    run.journal.event("resumed", step=run.step, checkpoint=loaded.path.name)
+
+
+def export_run(recipe: Recipe, policy: Policy, tokenizer: Any, chat_template: str | None, to: Path) -> str:
+    """Writes the run's `model/`, the adapter where one was trained, else the whole model; returns a line about it."""
+    from burnish.model.export import export
+
+    exported = export(
+        policy.model,
+        tokenizer,
+        to,
+        merge=False,
+        base_path=recipe.model.path,
+        base_revision=recipe.model.revision,
+        chat_template=chat_template,
+    )
+    return f"exported to {to}, {exported}"
+
+
+class FolderJournal:
+    """Everything a run says, to its folder, its trackers and the screen."""
+
+    def __init__(self, folder: RunFolder, metrics: MetricsFile, console: Console, trackers: list[LiveTracker]) -> None:
+        self.folder, self.metrics, self.console, self.trackers = folder, metrics, console, trackers
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A finished step, to every place that shows metrics."""
+        self.metrics.write(step, metrics)
+        self.console.step(step, metrics)
+        for tracker in self.trackers:
+            tracker.log(step, metrics)
+
+    def event(self, kind: str, **facts: Any) -> None:
+        """Something that is not a metric; a person sees it unless all went as planned."""
+        self.folder.event(kind, **facts)
+        if kind != "checkpoint_saved":
+            self.console.note(f"{kind}: " + ", ".join(f"{name}={value}" for name, value in facts.items()))
+
+    def ledger(self, totals: Mapping[str, Any]) -> None:
+        """Where every token went so far."""
+        self.folder.write_ledger(totals)

@@ -1,0 +1,115 @@
+"""The run folder: one owner, its recipe, its events, its token ledger.
+
+    runs/quickstart/
+      run.lock            held (flock) while a process trains here; says who
+      recipe.json         the resolved recipe
+      metrics.jsonl       one object a step            (metrics_file.py)
+      events.jsonl        resumes, failed saves, skipped steps: {"time": ..., "event": ..., ...}
+      ledger.json         where every token went
+      checkpoint-<step>/  (policy/checkpoint)
+      model/              the export
+
+Must not know what a recipe means or how checkpoints are written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from burnish.errors import ResumeError
+from burnish.launch.metrics_file import JsonLines, to_json, write_atomically
+
+
+class RunFolder:
+    """A run folder that this process owns. See `open_run_folder`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._events = JsonLines(path / "events.jsonl")
+
+    def recipe(self) -> dict[str, Any] | None:
+        """The resolved recipe of the run to continue; None where there is nothing to continue: no checkpoint yet.
+
+        A run that ended before its first checkpoint may be started again with any recipe: nothing of it is used.
+
+        Raises:
+            ResumeError: there are checkpoints, but no readable recipe that says what they are of.
+        """
+        if not any(self.path.glob("checkpoint-*/manifest.json")):
+            return None
+        path = self.path / "recipe.json"
+        try:
+            return json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise ResumeError(
+                f"the recipe that the checkpoints here belong to cannot be read: {error}",
+                where=str(path),
+                cure="restore recipe.json from a copy, or start again with another run_dir",
+            ) from error
+
+    def write_recipe(self, resolved: Mapping[str, Any]) -> None:
+        """Writes `recipe.json`: at the first start, and again when a resume changes what it may change."""
+        write_atomically(self.path / "recipe.json", json.dumps(resolved, indent=2).encode() + b"\n")
+
+    def event(self, kind: str, **facts: Any) -> None:
+        """Appends to `events.jsonl`; on the disk when this returns, kept in memory where a full disk refuses it."""
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self._events.append({"time": now, "event": kind, **facts}, durable=True)
+
+    def write_ledger(self, totals: Mapping[str, Any]) -> None:
+        """Replaces `ledger.json`. Called every step and derived from the checkpoint on resume, so it is not synced."""
+        with contextlib.suppress(OSError):  # a full disk: the next step writes it again
+            write_atomically(self.path / "ledger.json", to_json(totals).encode() + b"\n", durable=False)
+
+    def close(self) -> None:
+        self._events.close()
+
+
+@contextlib.contextmanager
+def open_run_folder(path: Path) -> Iterator[RunFolder]:
+    """Creates the folder where needed and owns it until the end of the block.
+
+    The kernel frees the lock of a process that died, however it died, so a stale lock needs no clean-up.
+
+    Raises:
+        ResumeError: another process owns it, or it cannot be created or written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path / "run.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise ResumeError(
+            f"the run folder cannot be written: {error.strerror}", where=str(path), cure="give another run_dir"
+        ) from error
+    try:
+        _own(lock, path)
+        folder = RunFolder(path)
+        try:
+            yield folder
+        finally:
+            folder.close()
+    finally:
+        os.close(lock)
+
+
+def _own(lock: int, path: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        owner = os.pread(lock, 4096, 0).decode().strip() or "a process that has just started"
+        raise ResumeError(
+            f"another process trains in this run folder: {owner}",
+            where=str(path),
+            cure="wait for it, stop it (kill -TERM leaves a checkpoint), or give another run_dir",
+        ) from error
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"pid {os.getpid()} on {socket.gethostname()}, started {started}\n".encode(), 0)

@@ -1,0 +1,271 @@
+"""From the `model:` block of a recipe to a model ready to train: a hub id, a Hugging Face folder or a `.gguf` file.
+
+Whatever cannot be trained as asked is refused here, with the reason: a weight that is missing would be drawn at random
+and trained as if it were the model's own, and nobody would notice until the evaluation. Must not know data or losses.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from burnish.errors import ModelError
+
+if TYPE_CHECKING:
+    from burnish.mesh import Mesh
+    from burnish.model.config import ModelConfig
+    from burnish.model.policy_model import PolicyModel
+
+log = logging.getLogger(__name__)
+
+HUB_SECONDS = 5.0
+"""Longest wait for the hub's first answer; transformers by itself retries for 23 seconds a file."""
+
+
+def locate(config: ModelConfig) -> dict[str, Any]:
+    """Where the model is, as arguments of every `from_pretrained` of transformers.
+
+    Raises:
+        ModelError: nothing is there, the hub does not know it, or the hub does not answer and no copy is cached.
+    """
+    if config.path.endswith(".gguf"):
+        file = Path(config.path).expanduser()
+        if not file.is_file():
+            raise _missing(config.path)
+        return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    folder = Path(config.path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(
+                "the folder has no config.json", where=config.path, cure="name a Hugging Face model folder"
+            )
+        return {"pretrained_model_name_or_path": str(folder), "trust_remote_code": config.trust_remote_code}
+    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", config.path):
+        raise _missing(config.path)
+    if config.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", config.revision):
+        raise ModelError(
+            "trust_remote_code runs whatever the repository holds at the moment of loading",
+            where="model.revision",
+            cure="name the commit you have read: `revision: <40 hex digits>`",
+        )
+    return {
+        "pretrained_model_name_or_path": config.path,
+        "revision": config.revision,
+        "trust_remote_code": config.trust_remote_code,
+        "local_files_only": not _on_hub(config.path, config.revision),
+    }
+
+
+def load_config(config: ModelConfig) -> Any:
+    """The model's Hugging Face configuration, without its weights.
+
+    Raises:
+        ModelError: there is none, or it is not that of a causal language model known to transformers.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with _refusals(config):
+        hf_config = AutoConfig.from_pretrained(**locate(config))
+    remote = "AutoModelForCausalLM" in (getattr(hf_config, "auto_map", None) or {})
+    if type(hf_config) not in AutoModelForCausalLM._model_mapping and not (remote and config.trust_remote_code):
+        raise ModelError(
+            f"a {hf_config.model_type} model is not a causal language model",
+            where=config.path,
+            cure="name a decoder-only language model",
+        )
+    if getattr(hf_config, "quantization_config", None) is not None and not config.path.endswith(".gguf"):
+        raise ModelError(
+            "the weights are quantized, and quantized weights cannot be trained",
+            where=config.path,
+            cure="name the repository of the unquantized weights",
+        )
+    return hf_config
+
+
+def load_model(config: ModelConfig, mesh: Mesh, *, seed: int) -> PolicyModel:
+    """The model on this rank's device: adapter, recomputation, compilation and sharding applied as the recipe says.
+
+    Args:
+        seed: adapters are drawn from it; weights that exist are read.
+
+    Raises:
+        ModelError: see `load_config`; also weights that are missing, corrupt or of another shape, attention that cannot
+            be replaced, logits that are not reproduced, adapter targets that do not exist.
+    """
+    from burnish.model.parallel import prepare
+    from burnish.model.policy_model import PolicyModel, verify_head
+
+    if config.dtype != "float32" and mesh.device.type == "cpu":
+        log.warning("%s on a CPU is 3 to 4 times slower than float32; use `model.dtype: float32` here", config.dtype)
+    causal_lm = load_causal_lm(config).to(mesh.device)
+    model = PolicyModel.from_hf(
+        causal_lm,
+        attention=config.attention,
+        projection_chunk=config.projection_chunk,
+        pad_vocab_to=config.pad_vocab_to,
+    )
+    verify_head(model)
+    prepare(model, config, mesh, seed=seed)
+    return model
+
+
+def load_causal_lm(config: ModelConfig, *, attention: str | None = None) -> Any:
+    """The plain transformers model, every weight read from the checkpoint, in `config.dtype`, on the CPU.
+
+    Args:
+        attention: one of transformers' implementations (`eager`, `sdpa`); by default the one it would choose.
+
+    Raises:
+        ModelError: weights are missing, corrupt or of another shape.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    hf_config = load_config(config)
+    with _refusals(config), quiet():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            **locate(config),
+            config=hf_config,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=attention,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, with names and shapes
+        )
+    causal_lm, found = loaded
+    wrong = [f"{name} is {tuple(has)}, not {tuple(needs)}" for name, has, needs in sorted(found["mismatched_keys"])]
+    wrong += [f"{name} is missing" for name in sorted(found["missing_keys"])]
+    wrong += list(found["error_msgs"])
+    if wrong:
+        raise ModelError(
+            f"the checkpoint does not hold this {type(causal_lm).__name__}: {_few(wrong)}",
+            where=config.path,
+            cure="fetch the model again; a weight that is not in the file would be trained from random values",
+        )
+    if found["unexpected_keys"]:
+        unread = _few(sorted(found["unexpected_keys"]))
+        log.warning("%s: weights that %s does not have are not read: %s", config.path, type(causal_lm).__name__, unread)
+    if config.path.endswith(".gguf"):
+        _drop_quantizer_marks(causal_lm)
+    return causal_lm
+
+
+def require_packable(model: PolicyModel) -> None:
+    """Raises ModelError where documents of one packed row would see each other in this model."""
+    from burnish.model.leak import packing_leaks
+
+    reason = packing_leaks(model)
+    if reason is not None:
+        raise ModelError(reason, where="data.packing", cure="one document a row: `packing: {type: none}`")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Holds back transformers' progress bars and loading reports: what matters in them is raised or logged by us."""
+    from transformers.utils import logging as theirs
+
+    verbosity, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        theirs.set_verbosity(verbosity)
+        if bars:
+            theirs.enable_progress_bar()
+
+
+def _drop_quantizer_marks(causal_lm: Any) -> None:
+    """A GGUF file was expanded to full precision at load; the marks of its 4 bits would be written into exports."""
+    del causal_lm.config.quantization_config, causal_lm.hf_quantizer, causal_lm.quantization_method
+    causal_lm.is_quantized = False
+
+
+@contextmanager
+def _refusals(config: ModelConfig) -> Iterator[None]:
+    """Turns what transformers and safetensors raise on a bad model into a ModelError that names the place."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise ModelError(
+            f"a weight file is corrupt: {error}", where=_corrupt_file(config), cure="fetch the file again"
+        ) from error
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        if isinstance(error, ModelError):
+            raise
+        first_line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ModelError(first_line, where=config.path, cure=_cure(first_line)) from error
+
+
+def _cure(reason: str) -> str:
+    if "does not recognize this architecture" in reason:
+        return "upgrade transformers, or name a model that this version knows"
+    if "trust_remote_code" in reason or "custom code" in reason:
+        return "read that code, then set `trust_remote_code: true` and `revision:` to its commit"
+    return "name a hub id, a Hugging Face model folder or a .gguf file"
+
+
+def _corrupt_file(config: ModelConfig) -> str:
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(Path(config.path).expanduser().glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError:
+            return str(file)
+    return config.path
+
+
+def _missing(path: str) -> ModelError:
+    parent = Path(path).expanduser().parent
+    names = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
+    near = difflib.get_close_matches(Path(path).name, names, n=3)
+    where_to_look = f"did you mean {' or '.join(str(parent / name) for name in near)}?" if near else ""
+    return ModelError("no such model", where=path, cure=where_to_look or "name a hub id, a folder or a .gguf file")
+
+
+@lru_cache
+def _on_hub(repository: str, revision: str) -> bool:
+    """Whether the hub answers. False: it does not, and a cached copy is used.
+
+    Raises:
+        ModelError: it answers that there is no such model, or it does not answer and nothing is cached.
+    """
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+    cached = isinstance(try_to_load_from_cache(repository, "config.json", revision=revision), str)
+    reason = "the hub is switched off (HF_HUB_OFFLINE)"
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            HfApi().model_info(repository, revision=revision, timeout=HUB_SECONDS)
+            return True
+        except GatedRepoError as error:
+            raise ModelError(
+                "access has to be asked for", where=repository, cure="ask on its hub page, then log in"
+            ) from error
+        except (RepositoryNotFoundError, HFValidationError) as error:
+            raise _missing(repository) from error
+        except HfHubHTTPError as error:
+            reason = f"the hub refused: {str(error).splitlines()[0]}"
+        except Exception as error:  # whichever transport library the hub client uses; every one has its own tree
+            reason = f"the hub cannot be reached ({error})"
+    if not cached:
+        raise ModelError(
+            f"no such folder, and {reason}",
+            where=repository,
+            cure="name a local folder or a .gguf file, or connect; a model fetched once is found without the hub",
+        )
+    return False
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

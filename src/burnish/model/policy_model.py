@@ -1,0 +1,236 @@
+"""The model under training: a Hugging Face backbone and head, run over packed blocks.
+
+`PolicyModel` takes the two children of any `AutoModelForCausalLM` under the names they have there (`model` and
+`lm_head`, or `gpt_neox` and `lm_head`), so every parameter keeps its Hugging Face name. Its forward pass runs the
+backbone and then the projection; both happen inside one module, which makes it the place to shard: the head is gathered
+when the projection reads it. It must not know recipes, losses or optimizers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import register_dataclass
+
+from burnish.errors import ModelError
+from burnish.model.project import previous_token, project
+from burnish.types import Block, TokenOutputs
+
+if TYPE_CHECKING:
+    from burnish.model.config import Adapter
+
+# FSDP finds the tensors that a module returns by walking its output; without this it would see one opaque object and
+# never learn when the backward pass reaches the root.
+register_dataclass(TokenOutputs)
+
+
+class PolicyModel(nn.Module):
+    """Backbone, head and projection of one causal language model.
+
+    Args:
+        causal_lm: what `AutoModelForCausalLM` returned. Its modules are shared, not copied.
+        projection_chunk: tokens projected to the vocabulary at once.
+        pad_vocab_to: rows of the head (and of a tied embedding) are padded with zeros to a multiple of this.
+
+    Raises:
+        ModelError: it is not a backbone followed by one linear head.
+    """
+
+    def __init__(self, causal_lm: Any, *, projection_chunk: int = 512, pad_vocab_to: int = 1) -> None:
+        super().__init__()
+        self.base_name, self.head_name = _children(causal_lm)
+        self.add_module(self.base_name, getattr(causal_lm, self.base_name))
+        self.add_module(self.head_name, getattr(causal_lm, self.head_name))
+        self.hf_config = causal_lm.config
+        # In a tuple, because it is not a child: its parameters are those of the two children. Saving goes through it.
+        self._causal_lm = (causal_lm,)
+        text_config = causal_lm.config.get_text_config()
+        self.softcap: float | None = getattr(text_config, "final_logit_softcapping", None)
+        self.logit_scale = _logit_scale(text_config)
+        self.projection_chunk = projection_chunk
+        self.adapter: Adapter | None = None
+        """What was applied to it, if anything was."""
+        self.vocab_size = self.head.weight.shape[0]
+        """Rows of the head that stand for tokens; those after them are padding."""
+        self._pad_vocabulary(pad_vocab_to)
+
+    @classmethod
+    def from_hf(
+        cls, causal_lm: Any, *, attention: str = "auto", projection_chunk: int = 512, pad_vocab_to: int = 1
+    ) -> PolicyModel:
+        """The policy over a transformers model that is already in memory, attending within documents only.
+
+        Args:
+            attention: kernel under the operator, see `attention.document_attention`.
+
+        Raises:
+            ModelError: the model cannot take an attention function from outside.
+        """
+        from burnish.model.attention import register
+
+        if not causal_lm._can_set_attn_implementation():
+            raise ModelError(
+                f"{type(causal_lm).__name__} does not take an attention function from outside",
+                cure="use a model of transformers that supports its attention interface",
+            )
+        register()
+        causal_lm.set_attn_implementation("burnish" if attention == "auto" else f"burnish_{attention}")
+        return cls(causal_lm, projection_chunk=projection_chunk, pad_vocab_to=pad_vocab_to)
+
+    @property
+    def causal_lm(self) -> Any:
+        """The transformers model these modules came from: same parameters, and the one that can generate and save."""
+        return self._causal_lm[0]
+
+    @property
+    def backbone(self) -> nn.Module:
+        """Token ids to hidden states; `model` in most families."""
+        return self._modules[self.base_name]  # pyright: ignore[reportReturnType]
+
+    @property
+    def head(self) -> Any:
+        """Hidden states to logits: a linear layer, `lm_head` in most families."""
+        return self._modules[self.head_name]
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The transformer layers, in order: what is checkpointed, compiled and sharded one by one."""
+        depth = self.hf_config.get_text_config().num_hidden_layers
+        for module in self.backbone.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == depth:
+                return module
+        raise ModelError(f"{type(self.causal_lm).__name__} has no list of {depth} layers")
+
+    @property
+    def is_tied(self) -> bool:
+        """The head's weight is the embedding's."""
+        return self.head.weight is self.causal_lm.get_input_embeddings().weight
+
+    def forward(
+        self, block: Block, *, needs: frozenset[str], reads: Tensor, coefficients: Tensor | None = None
+    ) -> TokenOutputs:
+        """What a loss needs of every token it reads.
+
+        Args:
+            block: packed rows of T tokens.
+            needs: names of `TokenOutputs` fields.
+            reads: bool [T].
+            coefficients: float32 [T], with `weighted_nll` only.
+        """
+        return project(
+            self.hidden_states(block),
+            self.head.weight,
+            block.token_ids,
+            reads,
+            needs,
+            bias=self.head.bias,
+            coefficients_T=coefficients,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            vocab_size=self.vocab_size,
+            chunk=self.projection_chunk,
+            previous_T=previous_token(block),
+        )
+
+    def hidden_states(self, block: Block) -> Tensor:
+        """The backbone's last hidden states, [T, H], in the dtype of the weights."""
+        return self.backbone(
+            input_ids=block.token_ids.unsqueeze(0),
+            position_ids=block.position_ids.unsqueeze(0),
+            documents=block.documents,
+            use_cache=False,
+        ).last_hidden_state.squeeze(0)
+
+    def logits(self, block: Block) -> Tensor:
+        """All logits [T, V], by transformers' own forward around these modules: for proofs on short blocks."""
+        outputs = self.causal_lm(
+            input_ids=block.token_ids.unsqueeze(0),
+            position_ids=block.position_ids.unsqueeze(0),
+            documents=block.documents,
+            use_cache=False,
+        )
+        return outputs.logits[0, :, : self.vocab_size].clone()  # FSDP warns of views
+
+    def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """(name, parameter) of everything the optimizer moves, in the model's order; a tied weight once."""
+        return [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
+
+    def hf_tensors(self, *, merge: bool) -> Iterator[tuple[str, Tensor]]:
+        """The full model under Hugging Face names: adapters folded in (`merge`) or left out, padding rows cut off."""
+        from burnish.model.adapters.lora import weights_without_adapter
+
+        head = {id(parameter) for parameter in self.head.parameters()}
+        padded = {name for name, p in self.named_parameters(remove_duplicate=False) if id(p) in head}
+        for name, tensor in weights_without_adapter(self, merge=merge):
+            yield name, (tensor[: self.vocab_size] if name in padded else tensor)
+
+    def _pad_vocabulary(self, multiple: int) -> None:
+        rows = -self.vocab_size % multiple
+        if not rows:
+            return
+        tied, embedding = self.is_tied, self.causal_lm.get_input_embeddings()
+        for name, parameter in self.head.named_parameters():
+            zeros = parameter.new_zeros(rows, *parameter.shape[1:])
+            setattr(self.head, name, nn.Parameter(torch.cat([parameter.detach(), zeros]), parameter.requires_grad))
+        self.head.out_features += rows
+        if tied:
+            embedding.weight = self.head.weight
+            embedding.num_embeddings += rows
+
+
+def _children(causal_lm: Any) -> tuple[str, str]:
+    """Names of the backbone and of the head among a causal LM's children."""
+    head = causal_lm.get_output_embeddings()
+    names = {id(module): name for name, module in causal_lm.named_children()}
+    base_name = causal_lm.base_model_prefix
+    if not isinstance(head, nn.Linear) or id(head) not in names or base_name not in names.values():
+        raise ModelError(
+            f"{type(causal_lm).__name__} is not a backbone followed by one linear head",
+            cure="use a decoder-only language model",
+        )
+    return base_name, names[id(head)]
+
+
+def _logit_scale(config: Any) -> float:
+    """Cohere multiplies its logits, Granite divides them. `verify_head` refuses a family with other customs."""
+    return (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+
+
+@torch.no_grad()
+def verify_head(policy_model: PolicyModel) -> None:
+    """Compares our log-probabilities of eight tokens with those of the transformers model around the same modules.
+
+    Some families scale, cap or mix their logits under configuration keys of their own (HyperCLOVA multiplies where
+    Granite divides, Falcon-H1 has `lm_head_multiplier`): training them at another temperature would go unnoticed.
+
+    Raises:
+        ModelError: they differ.
+    """
+    weight = policy_model.head.weight
+    block = one_document(torch.linspace(0, policy_model.vocab_size - 1, 8, device=weight.device).long())
+    expected = policy_model.logits(block)[:-1].float().log_softmax(-1).gather(1, block.token_ids[1:, None]).squeeze(1)
+    ours = policy_model(block, needs=frozenset({"logprobs"}), reads=block.loss_mask).logprobs[1:]
+    difference = ((ours - expected).abs().max() / expected.abs().max()).item()
+    if not difference <= (1e-3 if weight.dtype == torch.float32 else 5e-2):
+        raise ModelError(
+            f"{type(policy_model.causal_lm).__name__} does something to its logits that Burnish does not know: "
+            f"log-probabilities differ by {difference:.1g} of the largest",
+            cure="train a family whose logits are a linear head, optionally scaled and soft-capped",
+        )
+
+
+def one_document(token_ids: Tensor) -> Block:
+    """A row of one document, int64 [T], without padding; every token but the first trains."""
+    index, length = torch.arange(len(token_ids), device=token_ids.device), len(token_ids)
+    return Block(
+        token_ids=token_ids,
+        loss_mask=index > 0,
+        position_ids=index,
+        document_ids=torch.zeros_like(index),
+        documents=torch.tensor([[0, length, 0, 0]], dtype=torch.int32, device=token_ids.device),
+        group_ids=torch.zeros_like(index[:1]),
+        sample_ids=("probe",),
+    )

@@ -1,0 +1,7 @@
+"""Checkpoints that survive a power cut and notice a flipped bit: safetensors and JSON, no pickle."""
+
+from burnish.policy.checkpoint.checkpointer import Checkpointer, Saved, SaveFailed
+from burnish.policy.checkpoint.reader import LoadedCheckpoint, load_latest
+from burnish.policy.checkpoint.storage import Storage
+
+__all__ = ["Checkpointer", "LoadedCheckpoint", "SaveFailed", "Saved", "Storage", "load_latest"]

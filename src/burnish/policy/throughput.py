@@ -1,0 +1,230 @@
+"""How much of the hardware a step uses: floating-point operations counted exactly, over a peak.
+
+`useful` counts what the objective demands: real tokens, each document's own causal pairs, gradients of what is trained
+and of what lies above it, the head on the tokens a loss reads. `executed` counts what ran: padded slots, activations
+computed again, scores and logits made again in the backward pass. Their shares of the peak are `mfu` and `hfu`.
+
+The products are not deduced from an architecture: one forward and backward pass of a few tokens is watched, so
+adapters, frozen layers, routed experts and recomputation count as they are. Must not know recipes or workflows.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
+
+from burnish.model.attention import visible_pairs
+from burnish.model.project import VECTORS, previous_token
+from burnish.types import Block
+
+if TYPE_CHECKING:
+    from burnish.losses.base import Loss
+    from burnish.model.policy_model import PolicyModel
+
+PROBE_TOKENS = 8
+"""Tokens of the watched pass; half of it is run again to see that the count grows with the tokens."""
+
+
+class Throughput:
+    """Counts the operations of a training step of `model`, which is run once on a few tokens here.
+
+    FLOPs of a product a @ b are 2 * rows * inner * columns forward, and as many again for each of a and b that needs a
+    gradient. So a frozen weight costs no dW, and nothing below the first trained layer costs anything backward.
+    """
+
+    obstacle: str | None = None
+    """Why this model's operations cannot be counted, if they cannot."""
+
+    def __init__(self, model: PolicyModel) -> None:
+        watch, executed = _probe(model, PROBE_TOKENS, backward=True)
+        half, half_executed = _probe(model, PROBE_TOKENS // 2, backward=False)
+        for seen, counted in ((watch, executed), (half, half_executed)):
+            if seen.forward + seen.attention_forward(seen.num_tokens) != counted.forward:
+                self.obstacle = "its forward pass multiplies matrices in a way that is not understood"
+        if watch.forward != 2 * half.forward:
+            self.obstacle = "its cost does not grow linearly with the tokens outside of attention"
+        self.useful_per_token = (watch.forward + watch.backward) / PROBE_TOKENS
+        self.executed_per_slot = executed.products / PROBE_TOKENS
+        self.attention = watch.attention
+        once = watch.attention_forward(PROBE_TOKENS)
+        self.attention_passes = executed.attention_forward / once if once else 1.0
+        weight = model.head.weight
+        self.head_product = 2 * model.vocab_size * weight.shape[1]
+        self.head_gradients = int(watch.hidden_needs_grad) + int(weight.requires_grad)
+
+    def flops(self, blocks: list[Block], loss: Loss) -> tuple[float | None, float | None]:
+        """(useful, executed) operations of one forward and backward pass over `blocks`; None with an `obstacle`."""
+        if self.obstacle is not None:
+            return None, None
+        useful = executed = 0.0
+        for block in blocks:
+            if not block.num_documents:
+                continue
+            useful += self.useful_per_token * int((block.document_ids >= 0).sum())
+            executed += self.executed_per_slot * block.num_tokens
+            for (heads, dim_k, dim_v, window, needs_grad), layers in self.attention.items():
+                pairs = 2 * layers * heads * visible_pairs(block.documents, window)
+                useful += pairs * (dim_k + dim_v) * (3 if needs_grad else 1)
+                executed += pairs * (dim_k + dim_v) * self.attention_passes
+                executed += pairs * (3 * dim_k + 2 * dim_v) * needs_grad  # the scores are made again
+            read = int((loss.reads(block) & (previous_token(block) >= 0)).sum())
+            useful += read * self.head_product * (1 + self.head_gradients)
+            executed += read * self.head_product * self._head_products(loss)
+        return useful, executed
+
+    def _head_products(self, loss: Loss) -> int:
+        """Products with the head's weight that the projection really runs: `project` makes vectors' logits twice."""
+        in_forward = (1 + self.head_gradients) * ("weighted_nll" in loss.needs)
+        return in_forward + (2 + self.head_gradients) * bool(loss.needs & VECTORS)
+
+
+class _Watch(TorchFunctionMode):
+    """Sees every matrix product and attention call of a forward pass, with what they need gradients of."""
+
+    def __init__(self, num_tokens: int) -> None:
+        super().__init__()
+        self.num_tokens = num_tokens
+        self.forward = self.backward = 0
+        self.attention: Counter[tuple[int, int, int, int | None, bool]] = Counter()
+        """(query heads, key width, value width, window, whether a gradient flows) -> layers."""
+        self.hidden_needs_grad = False
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name.startswith("document_attention"):
+            q, k, v, window = args[0], args[1], args[2], args[6]
+            needs_grad = any(tensor.requires_grad for tensor in (q, k, v))
+            self.attention[q.shape[0], q.shape[2], v.shape[2], window, needs_grad] += 1
+        elif name in _PRODUCTS:
+            operands = (*args, *(kwargs or {}).values())[_PRODUCTS[name] :][:2]
+            flops = 2 * out.numel() * operands[0].shape[-1]
+            self.forward += flops
+            self.backward += flops * sum(operand.requires_grad for operand in operands)
+        return out
+
+    def attention_forward(self, num_tokens: int) -> int:
+        """Operations of the watched attention calls, over one document."""
+        documents = torch.tensor([[0, num_tokens, 0, 0]])
+        return sum(
+            2 * layers * heads * visible_pairs(documents, window) * (dim_k + dim_v)
+            for (heads, dim_k, dim_v, window, _), layers in self.attention.items()
+        )
+
+
+# Functions that multiply matrices -> index of the first operand; the second follows it.
+_PRODUCTS = {
+    "linear": 0, "matmul": 0, "__matmul__": 0, "mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1,
+    "grouped_mm": 0, "_grouped_mm": 0, "grouped_mm_fallback": 0,
+}  # fmt: skip
+
+
+class _Executed:
+    """What FlopCounterMode saw: all of the forward pass; both passes without attention; attention's forward runs."""
+
+    forward = products = attention_forward = 0
+
+    def read(self, counter: FlopCounterMode) -> None:
+        counts = counter.get_flop_counts().get("Global", {})
+        attention = {op: n for op, n in counts.items() if "document_attention" in str(op)}
+        self.products = sum(counts.values()) - sum(attention.values())
+        self.attention_forward = sum(n for op, n in attention.items() if "backward" not in str(op))
+
+
+def _probe(model: PolicyModel, num_tokens: int, *, backward: bool) -> tuple[_Watch, _Executed]:
+    """Runs one document of `num_tokens`; leaves neither gradients nor a moved random state behind."""
+    device = next(model.parameters()).device
+    block = _row(num_tokens).to(device)
+    watch, executed = _Watch(num_tokens), _Executed()
+    with _undisturbed(model, device), FlopCounterMode(display=False) as counter:
+        with watch:
+            outputs = model(block, needs=frozenset({"logprobs"}), reads=torch.zeros_like(block.loss_mask))
+        executed.forward = counter.get_total_flops()
+        assert outputs.logprobs is not None
+        watch.hidden_needs_grad = any(p.requires_grad for p in model.backbone.parameters())
+        if backward:
+            outputs.logprobs.sum().backward()  # zeros, through every layer: no token is read
+        executed.read(counter)
+    return watch, executed
+
+
+@contextmanager
+def _undisturbed(model: PolicyModel, device: torch.device) -> Iterator[None]:
+    devices = [device] if device.type == "cuda" else []
+    # A graph compiled for eight tokens would be thrown away: compiled layers run as plain Python here.
+    with torch.random.fork_rng(devices=devices), torch.compiler.set_stance("force_eager"):
+        model.train()
+        yield
+    model.zero_grad(set_to_none=True)
+
+
+def _row(num_tokens: int) -> Block:
+    ones = torch.ones(num_tokens, dtype=torch.int64)
+    return Block(
+        token_ids=ones,
+        loss_mask=ones.bool(),
+        position_ids=torch.arange(num_tokens),
+        document_ids=torch.zeros_like(ones),
+        documents=torch.tensor([[0, num_tokens, 0, 0]], dtype=torch.int32),
+        group_ids=torch.zeros(1, dtype=torch.int64),
+        sample_ids=("probe",),
+    )
+
+
+def _grouped_mm_flops(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
+    """Rows of `a` are split over the matrices of `b`; in dW the inner axis is split, and both are plain matrices."""
+    return 2 * a.numel() * b.shape[-1] if a.ndim == 2 else 2 * a[0].numel() * b.shape[-1]
+
+
+for _operator in (torch.ops.aten._grouped_mm,):
+    if _operator not in flop_registry:
+        register_flop_formula(_operator, get_raw=True)(_grouped_mm_flops)
+
+
+# Dense bfloat16 / float16 FLOP/s with float32 accumulation, from NVIDIA's and AMD's data sheets (without sparsity).
+_PEAKS = {
+    "GB200": 2500e12, "B200": 2250e12, "H200": 989e12, "H20": 148e12,
+    "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "GH200": 989e12,
+    "A100": 312e12, "A800": 312e12, "A40": 149.7e12, "A30": 165e12, "A10": 125e12,
+    "L40S": 362e12, "L40": 181e12, "L4": 121e12,
+    "MI325X": 1307e12, "MI300X": 1307e12, "MI250X": 383e12,
+}  # fmt: skip
+
+
+def peak_flops(device: torch.device | str, dtype: torch.dtype = torch.float32) -> float:
+    """FLOP/s that `mfu` is a share of: the data sheet's for a known GPU in half precision, else a measured product."""
+    device = torch.device(device)
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        known = _listed_peak(torch.cuda.get_device_name(device))
+        if known is not None:
+            return known
+    return _measured_peak(device, dtype, torch.get_num_threads())
+
+
+def _listed_peak(device_name: str) -> float | None:
+    """Peak of a device by the name its driver gives, for example `NVIDIA H100 80GB HBM3`."""
+    return next((peak for key, peak in _PEAKS.items() if re.search(rf"\b{key}\b", device_name)), None)
+
+
+@functools.cache
+def _measured_peak(device: torch.device, dtype: torch.dtype, _num_threads: int) -> float:
+    """Best of several square products: 1024 on CPU (2 GFLOP, about 20 ms a core), 8192 elsewhere."""
+    size = 1024 if device.type == "cpu" else 8192
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    out, best, deadline = torch.empty_like(a), float("inf"), time.perf_counter() + 0.4
+    while time.perf_counter() < deadline:
+        started = time.perf_counter()
+        torch.mm(a, a, out=out)
+        out[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best

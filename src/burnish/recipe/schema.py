@@ -1,0 +1,91 @@
+"""The recipe's fields. Imports nothing heavy: a recipe is read and refused without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from annotated_types import Ge, Gt, MinLen
+from pydantic import ConfigDict
+
+from burnish.component import Config, Free, OneOf, differences, fixed_view
+from burnish.data.config import DataConfig
+from burnish.launch.base import Launch
+from burnish.model.config import ModelConfig
+from burnish.policy.optimizers.base import Optimizer
+from burnish.schedules.base import Schedule
+from burnish.track.base import Tracker
+from burnish.workflows.base import Workflow
+
+WORKFLOWS = OneOf("burnish.workflows", default="sft")
+OPTIMIZERS = OneOf("burnish.policy.optimizers", default="adamw")
+SCHEDULES = OneOf("burnish.schedules", default="constant")
+TRACKERS = OneOf("burnish.track")
+LAUNCHES = OneOf("burnish.launch", default="local")
+
+
+class Checkpoint(Config):
+    """What is kept on disk to resume from."""
+
+    save_every: Annotated[int, Ge(1)] = 100
+    """Steps between checkpoints; there is always one at the end, and when a run is stopped."""
+    keep: Annotated[int, Ge(1)] = 2
+    """Newest checkpoints that are kept; older ones are deleted."""
+
+
+def _mark_fixed(schema: dict[str, Any]) -> None:
+    for field in schema["properties"].values():
+        field.setdefault("resume", "fixed")
+
+
+class Recipe(Config):
+    """Everything a run depends on.
+
+    In the JSON Schema, `resume` says whether a run that is resumed may have another value; what stands inside a block
+    is as the block, unless it is marked `free` itself.
+    """
+
+    model_config = ConfigDict(json_schema_extra=_mark_fixed)
+
+    workflow: Annotated[Workflow, WORKFLOWS] = WORKFLOWS.field(Workflow)
+    """What is done with model and data."""
+    model: ModelConfig
+    """Which model, and what is done to it before training."""
+    data: DataConfig
+    """From files to packed rows."""
+    optimizer: Annotated[Optimizer, OPTIMIZERS] = OPTIMIZERS.field(Optimizer)
+    """How gradients become updates."""
+    schedule: Annotated[Schedule, SCHEDULES] = SCHEDULES.field(Schedule)
+    """Factor on the learning rate over the run."""
+    max_grad_norm: Annotated[float, Gt(0)] | None = 1.0
+    """The gradient is scaled down to this norm if it is longer; null: never."""
+    global_batch_size: Annotated[int, Ge(1)] = 8
+    """Packed rows a step, over all ranks."""
+    micro_batch_size: Annotated[int, Ge(1)] = 1
+    """Packed rows a rank computes at once; the gradient does not depend on it, memory does."""
+    num_steps: Annotated[int, Ge(1)] | None = None
+    """Length of the run in steps. This or `num_epochs`."""
+    num_epochs: Annotated[int, Ge(1)] | None = None
+    """Length of the run in passes over the training data. This or `num_steps`."""
+    eval_every: Annotated[int | None, Ge(1), Free()] = None
+    """Steps between evaluations on `data.eval`; absent: only before the first step and after the last."""
+    stop_after: Annotated[int | None, Ge(1), Free()] = None
+    """Pause after this step with a checkpoint and exit code 75; the same command without it goes on."""
+    checkpoint: Annotated[Checkpoint, Free()] = Checkpoint()
+    """What is kept on disk to resume from."""
+    track: Annotated[list[Annotated[Tracker, TRACKERS]], Free()] = []
+    """Where metrics go besides the run folder's `metrics.jsonl`."""
+    launch: Annotated[Launch, LAUNCHES, Free()] = LAUNCHES.field(Launch)
+    """Where the run takes place."""
+    seed: int = 0
+    """Of the data order, dropout and new weights."""
+    run_dir: Annotated[str, MinLen(1), Free()]
+    """Folder of the run: recipe, metrics, checkpoints, export. The same folder resumes the run."""
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain JSON data of every field, defaults included; `Recipe.model_validate` of it equals this recipe."""
+        return self.model_dump(mode="json")
+
+    def changed_fixed_fields(self, saved: Mapping[str, Any]) -> list[str]:
+        """Lines like `data.max_length: 512 -> 1024` for what a resume of the run with recipe `saved` may not change."""
+        return differences(fixed_view(self, saved), fixed_view(self, self.resolved()))

@@ -1,0 +1,72 @@
+"""Talking to a model: one conversation, in this process, through transformers.
+
+Loads what `burnish export` and every run write (a model folder or a PEFT adapter), with the chat template that lies
+beside the weights.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+from burnish.errors import ModelError
+
+START_SECONDS = 120.0
+"""Longest wait for one token before generation is given up."""
+
+
+def exported_folder(path: str) -> str:
+    """The folder to load for `path`: a run's export, or the path itself (a model folder or a hub id).
+
+    Raises:
+        ModelError: a run folder without an export.
+    """
+    folder = Path(path)
+    if not (folder / "recipe.json").exists():
+        return path
+    if not (folder / "model").exists():
+        raise ModelError("this run has no export yet", where=path, cure=f"burnish export {path} --to {path}/model")
+    return str(folder / "model")
+
+
+def stream_answer(path: str, prompt: str, *, max_new_tokens: int, temperature: float, seed: int) -> Iterator[str]:
+    """The answer to one user message, piece by piece as it is generated; greedy where temperature is 0.
+
+    Raises:
+        ModelError: nothing loadable at `path`, or a tokenizer without a chat template.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    folder = exported_folder(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(reason, where=path, cure="give a model folder, a run or a hub id") from error
+    if not tokenizer.chat_template:
+        raise ModelError("the tokenizer has no chat template", where=path, cure="add chat_template.jinja to the folder")
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    torch.manual_seed(seed)
+    messages = [{"role": "user", "content": prompt}]
+    inputs: Any = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    ).to(model.device)
+    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        sampling["temperature"] = temperature
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=START_SECONDS)
+    arguments = {**inputs, **sampling, "max_new_tokens": max_new_tokens, "streamer": streamer}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        worker = Thread(target=model.generate, kwargs=arguments, daemon=True)
+        worker.start()
+        yield from streamer
+        worker.join()

@@ -1,0 +1,203 @@
+"""What a workflow is, and the run it is handed.
+
+A workflow is a flat loop over the verbs of a policy. It is handed a `Run`: policy, stream, cadences, and where to
+write. It builds none of them and never sees where it runs, so the same loop serves one process and a cluster.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from burnish.component import Component
+from burnish.errors import RunFailed, Stopped, UserError
+
+if TYPE_CHECKING:
+    from burnish.data.stream import Stream
+    from burnish.losses.base import Loss
+    from burnish.policy.checkpoint import Checkpointer
+    from burnish.policy.policy import Policy, Update
+    from burnish.policy.throughput import Throughput
+    from burnish.schedules.base import Schedule
+    from burnish.types import Block, Metric
+
+MAX_BAD_STEPS = 3
+"""Non-finite steps in a row that end a run: one is a bad row, three are a diverged model."""
+
+
+class Workflow(Component):
+    """The objective and its loop, chosen by `workflow: {type: ...}`."""
+
+    def run(self, run: Run) -> None:
+        """Trains to the end, or raises: Stopped when paused, RunFailed, or a UserError from the data."""
+        raise AssertionError(f"{type(self).__name__} has no loop")
+
+
+class Journal(Protocol):
+    """Where a run writes what a person reads: metrics, events, the token ledger, the screen."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def event(self, kind: str, **facts: Any) -> None: ...
+
+    def ledger(self, totals: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Cadence:
+    """When things happen, in steps. `num_steps` is None where `num_epochs` says the length of the run."""
+
+    num_steps: int | None
+    eval_every: int | None
+    save_every: int
+    stop_after: int | None
+
+
+@dataclass(slots=True)
+class Run:
+    """A training run, resumed or fresh, as a workflow sees it."""
+
+    policy: Policy
+    stream: Stream
+    held_out: Callable[[], Iterable[Block]] | None
+    """One pass over the evaluation rows; None where the recipe has none."""
+    schedule: Schedule
+    learning_rate: float
+    """Peak; the schedule multiplies it."""
+    blocks_per_step: int
+    """Packed rows of this rank in a step."""
+    cadence: Cadence
+    checkpointer: Checkpointer
+    journal: Journal
+    throughput: Throughput
+    peak_flops: float
+    """FLOP/s of this device that `mfu` and `hfu` are shares of."""
+    stop_requested: Callable[[], str | None] = lambda: None
+    """Name of the signal that asked the run to stop, if one did."""
+    step: int = 0
+    """Finished steps."""
+    bad_steps: int = 0
+    """Skipped steps in a row."""
+    _record: dict[str, float] = field(default_factory=dict)
+    _started: float = 0.0
+
+    def batches(self) -> Iterator[tuple[float, list[Block]]]:
+        """(learning rate, packed rows) of each step still to do.
+
+        Everything that must not happen inside a step happens between two: the step's line is written, background saves
+        are looked at, a checkpoint is begun, a signal is heeded. Leaves a checkpoint behind however it ends, but for
+        RunFailed, where the last good one stays the newest.
+        """
+        while self.cadence.num_steps is None or self.step < self.cadence.num_steps:
+            self._stop_if_asked()
+            progress = self.progress()
+            self._started, waited = time.perf_counter(), self.stream.wait_seconds
+            try:
+                blocks = self.stream.take(self.blocks_per_step)
+            except UserError:
+                # The row that cannot be used is reached only now: what was learned before it is kept.
+                self.save(wait=True)
+                raise
+            if not blocks:
+                break
+            learning_rate = self.learning_rate * self.schedule.factor(self.step, progress)
+            self._record = {
+                "learning_rate": learning_rate,
+                "data_wait_seconds": self.stream.wait_seconds - waited,
+            }
+            yield learning_rate, blocks
+            self.step += 1
+            self._finish_step()
+        self.save(wait=True)
+
+    def progress(self) -> float:
+        """Share of the run that is done, in [0, 1]: of its steps, or of its samples where epochs say its length."""
+        if self.cadence.num_steps is not None:
+            return self.step / self.cadence.num_steps
+        share = self.stream.progress()
+        assert share is not None, "a run without num_steps knows its number of samples"
+        return share
+
+    def record(self, metrics: Mapping[str, Metric], update: Update, blocks: list[Block], loss: Loss) -> None:
+        """Notes a step's metrics; three skipped steps in a row end the run.
+
+        Raises:
+            RunFailed: the third step in a row whose loss or gradient was not finite.
+        """
+        useful, executed = self.throughput.flops(blocks, loss)
+        self._record |= {name: total / max(count, 1.0) for name, (total, count) in metrics.items()}
+        self._record |= {
+            "step_seconds": time.perf_counter() - self._started,
+            "grad_norm": update.grad_norm,
+            "tokens": sum(float(block.loss_mask.sum()) for block in blocks),
+            "fill": sum(float((block.document_ids >= 0).sum()) for block in blocks) / sum(b.num_tokens for b in blocks),
+            "_useful_flops": useful,
+            "_executed_flops": executed,
+        }
+        self.bad_steps = self.bad_steps + 1 if update.skipped else 0
+        if update.skipped:
+            samples = [sample for block in blocks for sample in block.sample_ids]
+            self.journal.event("step_skipped", step=self.step + 1, reason=update.reason, samples=samples)
+        if self.bad_steps == MAX_BAD_STEPS:
+            raise RunFailed(
+                f"step {self.step + 1}: {update.reason}, the third step in a row; the rows are in events.jsonl under "
+                f"step_skipped, and the newest checkpoint is from before them\n"
+                f"  cure: lower optimizer.learning_rate, or look at those rows"
+            )
+
+    def due_evaluation(self) -> bool:
+        """Whether the step at hand is followed by an evaluation: every `eval_every`, and the last one."""
+        if self.held_out is None:
+            return False
+        step, every = self.step + 1, self.cadence.eval_every
+        is_last = step == self.cadence.num_steps or self.stream.over
+        return is_last or (every is not None and step % every == 0)
+
+    def record_evaluation(self, metrics: Mapping[str, Metric]) -> None:
+        """Notes held-out metrics beside the step's own, as `eval_<name>`."""
+        self._record |= {f"eval_{name}": total / max(count, 1.0) for name, (total, count) in metrics.items()}
+
+    def write_initial(self) -> None:
+        """Writes what was recorded before the first step as step 0."""
+        self.journal.log(0, self._record)
+        self._record = {}
+
+    def save(self, *, wait: bool = False) -> None:
+        """Begins a checkpoint of this moment; with `wait`, returns when it is on disk."""
+        tensors, policy = self.policy.state()
+        state = {"step": self.step, "bad_steps": self.bad_steps, "stream": self.stream.state(), "policy": policy}
+        self.checkpointer.save(self.step, tensors, state, wait=wait)
+        if wait:
+            self._report_saves()
+
+    def load(self, tensors: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+        """Becomes the run that was saved."""
+        self.policy.load(tensors, state["policy"])
+        self.stream.load(state["stream"])
+        self.step, self.bad_steps = state["step"], state["bad_steps"]
+
+    def _finish_step(self) -> None:
+        record, seconds = self._record, self._record["step_seconds"]
+        record["tokens_per_second"] = record["tokens"] / seconds
+        record["mfu"] = record.pop("_useful_flops") / seconds / self.peak_flops
+        record["hfu"] = record.pop("_executed_flops") / seconds / self.peak_flops
+        self.journal.log(self.step, record)
+        self.journal.ledger(self.stream.ledger())
+        self._report_saves()
+        if self.step % self.cadence.save_every == 0 and self.step != self.cadence.num_steps:
+            self.save()
+
+    def _stop_if_asked(self) -> None:
+        reason, stop_after = self.stop_requested(), self.cadence.stop_after
+        if reason is None and stop_after is not None and self.step >= stop_after:
+            reason = f"stop_after={stop_after}"
+        if reason is not None:
+            self.save(wait=True)
+            self.journal.event("stopped", step=self.step, reason=reason)
+            raise Stopped(f"stopped after step {self.step} ({reason}), checkpoint saved; the same command goes on")
+
+    def _report_saves(self) -> None:
+        for outcome in self.checkpointer.poll():
+            self.journal.event(outcome.kind, **outcome.facts())

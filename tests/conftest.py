@@ -1,0 +1,21 @@
+"""Fixtures that several test files share; each is made once a session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests import tiny_run
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder with a two-layer Llama and its tokenizer. Read only."""
+    return tiny_run.write_model(tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture(scope="session")
+def tiny_train(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """200 short conversations as JSON lines. Read only."""
+    return tiny_run.write_jsonl(tmp_path_factory.mktemp("tiny-data") / "train.jsonl", tiny_run.conversations(200))

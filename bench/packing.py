@@ -11,8 +11,8 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from bench.report import report
 
+from bench.report import report
 from burnish.data.packing.best_fit import BestFitPacker, best_fit_decreasing, merge_rows
 
 ROW_LENGTH = 4096

@@ -1,6 +1,6 @@
 """How long a person waits: for help, for a mistake in the recipe, for a whole check.
 
-    python -m bench.startup
+python -m bench.startup
 """
 
 from __future__ import annotations

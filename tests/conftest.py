@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests import tiny_run
+from tests.zygote import Zygote
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +21,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_train(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """200 short conversations as JSON lines. Read only."""
     return tiny_run.write_jsonl(tmp_path_factory.mktemp("tiny-data") / "train.jsonl", tiny_run.conversations(200))
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    """Runs whole commands in about a second each."""
+    with Zygote() as running:
+        yield running

@@ -67,10 +67,13 @@ class ShardLengths(Source):
 
 
 class LengthRenderer:
-    """A document of n tokens: ids n, n + 1, ..., all trained but the first, the weight 1 / n. Counts what it rendered."""
+    """A document of n tokens: ids n, n + 1, ..., all trained but the first, and the weight 1 / n."""
+
+    chat_template: str | None = None
 
     def __init__(self) -> None:
         self.rendered = 0
+        """Rows so far."""
 
     def render(self, rows: Sequence[Row]) -> list[Rendered]:
         self.rendered += len(rows)

@@ -84,11 +84,11 @@ def write_model(folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
-def recipe(model: Path, train: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
+def recipe(model_path: Path, train: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
     """A recipe of 12 steps that saves every 4; `changes` replace top-level blocks."""
     blocks: dict[str, Any] = {
         "workflow": {"type": "sft"},
-        "model": {"path": str(model)},
+        "model": {"path": str(model_path)},
         "data": {
             "train": [{"type": "jsonl", "path": str(train)}],
             "max_length": 64,

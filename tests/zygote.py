@@ -7,6 +7,7 @@ a fork and the children would hang.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -16,6 +17,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+IMPORTED = (
+    "tokenizers",
+    "torch.distributed.fsdp",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.modeling_llama",
+    "peft",
+    "burnish.model.export",
+    "burnish.policy.checkpoint",
+    "burnish.launch.local",
+    "burnish.recipe",
+)
 
 
 class Trial:
@@ -89,15 +103,10 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 
 
 def _serve() -> None:
-    import tokenizers  # noqa: F401
-    import torch.distributed.fsdp  # noqa: F401
-    import torch.optim  # noqa: F401
+    for module in IMPORTED:
+        importlib.import_module(module)
     import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
-    from transformers.models.llama import modeling_llama  # noqa: F401
 
-    import burnish.launch.local
-    import burnish.recipe  # noqa: F401
     from burnish.cli import main
 
     transformers.utils.logging.disable_progress_bar()

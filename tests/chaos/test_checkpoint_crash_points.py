@@ -174,7 +174,9 @@ while True:
 
 
 def test_sigkill_at_every_operation_on_a_real_disk(tmp_path):
-    subprocess.run([sys.executable, "-c", KILLED_AT_EVERY_OPERATION, str(tmp_path)], check=True, timeout=100)
+    root = Path(__file__).parents[2]  # the child imports tests.checkpoint_helpers
+    command = [sys.executable, "-c", KILLED_AT_EVERY_OPERATION, str(tmp_path)]
+    subprocess.run(command, cwd=root, check=True, timeout=100)
     runs = sorted(tmp_path.iterdir(), key=lambda run: int(run.name))
     steps = []
     for run in runs:

@@ -14,8 +14,8 @@ from tests.tiny_models import tiny_model
 from torch import Tensor
 
 from burnish.mesh import open_mesh
-from burnish.model.adapters.lora import LoRA, whole
-from burnish.model.parallel import fsdp_modules, recompute_layers, shard
+from burnish.model.adapters.lora import LoRA
+from burnish.model.parallel import fsdp_modules, recompute_layers, shard, whole
 from burnish.model.policy_model import PolicyModel
 from burnish.model.precision import keep_masters
 
@@ -36,7 +36,7 @@ def build(case: str) -> PolicyModel:
         with torch.no_grad():
             for name, parameter in model.trainable_parameters():
                 parameter.fill_(0.02) if "lora_B" in name else None
-    keep_masters(model, getattr(torch, dtype))
+    keep_masters(model)
     model.train()
     recompute_layers(model, selective=True)
     return model

@@ -168,8 +168,9 @@ def test_the_command_exports_the_newest_checkpoint_of_a_run(
 
     run_dir = tmp_path / "run"
     adapter = {"type": "lora", "r": 4}
-    blocks = tiny_run.recipe(tiny_model, tiny_train, run_dir, model={"path": str(tiny_model), "adapter": adapter})
-    recipe = tiny_run.write_recipe(tmp_path / "recipe.yaml", blocks | {"num_steps": 4})
+    blocks = tiny_run.recipe(tiny_model, tiny_train, run_dir, num_steps=4)
+    blocks["model"] = {"path": str(tiny_model), "adapter": adapter}
+    recipe = tiny_run.write_recipe(tmp_path / "recipe.yaml", blocks)
     assert main(["train", str(recipe)]) == 0
     assert main(["export", str(run_dir), "--merge", "--to", str(tmp_path / "out")]) == 0
     assert f"step 4 exported to {tmp_path / 'out'}, re-read: logits differ by at most" in capsys.readouterr().out

@@ -16,6 +16,8 @@ from burnish.losses.base import Loss
 from burnish.losses.nll import NLL
 from burnish.mesh import Mesh, open_mesh
 from burnish.model.adapters.lora import LoRA
+from burnish.model.config import ModelConfig
+from burnish.model.parallel import prepare
 from burnish.model.policy_model import PolicyModel
 from burnish.policy.optimizers.adamw import AdamW
 from burnish.policy.policy import Policy, Update
@@ -45,10 +47,10 @@ def policy(
     max_grad_norm: float | None = None,
     sgd: bool = False,
     lora: LoRA | None = None,
+    dtype: str = "float32",
 ) -> Policy:
     model = PolicyModel.from_hf(tiny_model("llama"), projection_chunk=5)
-    if lora is not None:
-        lora.apply(model, seed=0)
+    prepare(model, ModelConfig.model_validate({"path": "tiny", "dtype": dtype, "adapter": lora}), mesh, seed=0)
     parameters = model.trainable_parameters()
     if sgd:
         optimizer = torch.optim.SGD([{"params": [p for _, p in parameters], "lr_scale": 0.5}], lr=1.0)
@@ -170,8 +172,12 @@ def test_what_is_not_finite_moves_nothing(mesh: Mesh) -> None:
         assert_bit_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("lora", [None, LoRA(r=2, lora_dropout=0.3)], ids=["full", "lora with dropout"])
-def test_a_resumed_policy_goes_on_bit_for_bit(mesh: Mesh, lora: LoRA | None) -> None:
+@pytest.mark.parametrize(
+    ("lora", "dtype"),
+    [(None, "float32"), (LoRA(r=2, lora_dropout=0.3), "float32"), (None, "bfloat16")],
+    ids=["full", "lora with dropout", "bfloat16 with sharded masters"],
+)
+def test_a_resumed_policy_goes_on_bit_for_bit(mesh: Mesh, lora: LoRA | None, dtype: str) -> None:
     def train(policy: Policy, steps: range) -> list[float]:
         losses = []
         for step in steps:
@@ -180,7 +186,7 @@ def test_a_resumed_policy_goes_on_bit_for_bit(mesh: Mesh, lora: LoRA | None) -> 
         return losses
 
     torch.manual_seed(0)
-    undisturbed = policy(mesh, max_grad_norm=1.0, lora=lora)
+    undisturbed = policy(mesh, max_grad_norm=1.0, lora=lora, dtype=dtype)
     train(undisturbed, range(3))
     live, json = undisturbed.state()
     saved = {part: {name: tensor.clone() for name, tensor in tensors.items()} for part, tensors in live.items()}
@@ -192,7 +198,7 @@ def test_a_resumed_policy_goes_on_bit_for_bit(mesh: Mesh, lora: LoRA | None) -> 
     rest = train(undisturbed, range(3, 6))
 
     torch.manual_seed(1)
-    resumed = policy(mesh, max_grad_norm=1.0, lora=lora)
+    resumed = policy(mesh, max_grad_norm=1.0, lora=lora, dtype=dtype)
     resumed.load(saved, json)
     assert train(resumed, range(3, 6)) == rest
     for ours, theirs in zip(resumed.state()[0].values(), undisturbed.state()[0].values(), strict=True):

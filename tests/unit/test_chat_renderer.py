@@ -194,7 +194,7 @@ def test_tags_that_end_before_the_end_of_turn_are_completed() -> None:
 
 def test_tags_that_leave_out_content_are_refused_with_what_differs() -> None:
     halves = "{{ m.content.split(' ')[0] }}{% endgeneration %}{{ ' ' + m.content.split(' ')[1] }}{% generation %}"
-    with pytest.raises(DataError, match="tags leave out ' miles.' of messages"):
+    with pytest.raises(DataError, match=r"tags leave out ' miles\.' of messages"):
         Chat().open(byte_level(TAGGED.replace("TAGGED", halves)))
 
 

@@ -10,13 +10,6 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
-
-from burnish.data.feed import WINDOW, Cursor, ShardFeed
-from burnish.data.ledger import Ledger
-from burnish.data.prefetch import Prefetch
-from burnish.data.stream import Stream, eval_blocks, merge_states, open_stream
-from burnish.errors import DataError, ResumeError, RunFailed
-from burnish.types import Block
 from tests.stream_helpers import (
     BAD_JSON,
     REFUSED,
@@ -27,6 +20,13 @@ from tests.stream_helpers import (
     data_config,
     same,
 )
+
+from burnish.data.feed import WINDOW, Cursor, ShardFeed
+from burnish.data.ledger import Ledger
+from burnish.data.prefetch import Prefetch
+from burnish.data.stream import Stream, eval_blocks, merge_states, open_stream
+from burnish.errors import DataError, ResumeError, RunFailed
+from burnish.types import Block
 
 
 def lengths(count: int, seed: int = 0, longest: int = 30) -> tuple[int, ...]:
@@ -86,6 +86,25 @@ def test_a_stream_resumed_at_any_row_gives_the_identical_rest(name: str) -> None
         rest.close()
 
 
+def test_resuming_beyond_the_first_chunk_of_the_mixed_order() -> None:
+    """Which source comes next is computed 1,024 samples at a time; a state in a later chunk carries its counts."""
+    data = data_config(Lengths(lengths=lengths(900), weight=1.7), Lengths(lengths=lengths(600, seed=1), name="b"))
+    whole = open_stream(data, LengthRenderer(), seed=3, num_epochs=2)
+    rows, states = [], {0: whole.state()}
+    while blocks := whole.take(25):
+        rows += blocks
+        states[len(rows)] = whole.state()
+    whole.close()
+    counts = Counter(name[0] for block in rows for name in block.sample_ids)
+    assert counts == {"a": 1889, "b": 1111}  # 3,000 * 1.7 / 2.7 = 1,888.9
+    for start in (200, 700, len(rows) - 25):
+        rest = open_stream(data, LengthRenderer(), seed=3, num_epochs=2)
+        rest.load(states[start])
+        again = rest.take(25)
+        assert all(same(a, b) for a, b in zip(again, rows[start : start + 25], strict=True))
+        rest.close()
+
+
 def test_every_sample_of_every_epoch_comes_once_and_whole() -> None:
     data = data_config(Lengths(lengths=lengths(101)), prefetch=5)
     stream = open_stream(data, LengthRenderer(), seed=0, num_epochs=3)
@@ -133,7 +152,7 @@ def test_two_lanes_packed_by_hand() -> None:
     """Rows of 10 tokens, one open bin a lane, file order.
 
     lane 0: rows 0, 2, 4, 6 of 6, 4, 7, 2 tokens: [0, 2] is exactly full; 4 and 6 stay open, 9 tokens
-    lane 1: rows 1, 3, 5    of 5, 8, 1 tokens: 3 does not fit behind 1 and is the fuller row; 1 and 5 stay open, 6 tokens
+    lane 1: rows 1, 3, 5    of 5, 8, 1 tokens: 3 does not fit behind 1 and is fuller; 1 and 5 stay open, 6 tokens
     In turn: [0, 2], [3], then lane 0 has none. Both open rows are under 31/32 full: 7, 5, 2, 1 anew: [4, 6, 5], [1].
     """
     source = Lengths(lengths=(6, 5, 4, 8, 7, 1, 2))

@@ -255,7 +255,7 @@ def _template(renderer: LiveRenderer) -> Iterator[Finding]:
     if report is None:
         return
     ends = " or ".join(map(repr, report.end_of_turn))
-    text = f"system {report.system}, reasoning {report.reasoning}, tool calls {report.tool_calls}"
+    text = f"system: {report.system}; reasoning: {report.reasoning}; tool calls: {report.tool_calls}"
     if not ends:
         cure = "use a chat template that ends a turn with a special token: data.renderer.chat_template_path"
         yield Finding("template", "warning", f"nothing ends a turn, so a model would not learn to stop; {text}", cure)

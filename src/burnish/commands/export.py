@@ -10,7 +10,7 @@ from burnish.errors import EXIT_DONE, UserError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What a person can type after `burnish export`."""
-    parser.add_argument("run", metavar="RUN", help="a run folder")
+    parser.add_argument("folder", metavar="RUN", help="a run folder")
     parser.add_argument("--merge", action="store_true", help="fold the adapter into the weights: one whole model")
     parser.add_argument("--to", metavar="DIR", required=True, help="the folder to write; it must not exist yet")
 
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     from burnish.policy.policy import local
     from burnish.recipe import load_recipe
 
-    folder, to = Path(args.run), Path(args.to)
+    folder, to = Path(args.folder), Path(args.to)
     if to.exists():
         raise UserError("the folder exists already", where=str(to), cure="name another, or remove it")
     recipe = load_recipe(folder)

@@ -11,7 +11,7 @@ from burnish.errors import EXIT_DONE, EXIT_FAILED
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What a person can type after `burnish verify`."""
     parser.add_argument("model", metavar="MODEL", help="a hub id, a model folder or a .gguf file")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--compile", action="store_true", help="also with compiled layers (a minute or more)")
     parser.add_argument("--json", action="store_true", help="one JSON object a path")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from annotated_types import Ge, MinLen
+
 from burnish.component import Config, Free, OneOf
 from burnish.data.packing.base import Packing
 from burnish.data.renderers.base import Renderer

@@ -6,6 +6,7 @@ A lane is a pure function of the recipe's data, the seed and its state; it never
 from __future__ import annotations
 
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from burnish.data.feed import Cursor, Ref, ShardFeed, TableFeed, each
@@ -14,29 +15,38 @@ from burnish.data.mix import Mixer
 from burnish.errors import DataError, ResumeError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from burnish.data.config import DataConfig
     from burnish.data.renderers.base import LiveRenderer
     from burnish.types import Group, Rendered, Row
 
-RENDER_ROWS = 64
-"""Rows rendered at once: enough for one `encode_batch` to keep every core busy."""
+FIRST_ROWS, MAX_ROWS = 16, 128
+"""Rows of a lane rendered at once: few at first, so that the first step comes soon, then twice as many each time."""
 
 MAX_DROPS = 10_000
 """Rows a lane may drop on the way to one packed row, so that a lane that keeps next to none cannot hang."""
 
 
 class Kitchen:
-    """Refs to rendered samples: what all lanes share."""
+    """Refs to rendered samples: what all lanes share.
+
+    Rows are fetched by the thread that asks. They are rendered by one thread more: tokenizers compute without the
+    interpreter's lock, so that packing one batch costs no time beside rendering the next.
+    """
 
     def __init__(self, feeds: Sequence[TableFeed | ShardFeed], data: DataConfig, renderer: LiveRenderer) -> None:
         self.feeds, self._data, self._renderer = feeds, data, renderer
         self.weights = [source.weight for source in data.train]
         self.doing = "starting"
+        self._pool = ThreadPoolExecutor(1, "burnish-render")
 
-    def render(self, refs: Sequence[Ref]) -> list[Rendered | DataError]:
-        """One result a ref, in order; fetched source by source, tokenised together."""
+    def close(self) -> None:
+        """Waits for what is being rendered, and begins nothing more."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def render(self, refs: Sequence[Ref]) -> Callable[[], list[Rendered | DataError]]:
+        """Begins to render, all refs together. The call that it returns waits for one result a ref, in order."""
         fetched: dict[Ref, Row | DataError] = {}
         for source in sorted({ref.source for ref in refs}):
             self.doing = f"reading data.train.{source}"
@@ -45,8 +55,13 @@ class Kitchen:
         rows = [row for ref in refs if not isinstance(row := fetched[ref], DataError)]
         if rows:
             self.doing = f"rendering {len(rows)} rows from {rows[0].where} on"
-        results = iter(render_rows(rows, self._renderer, self._data))
-        return [row if isinstance(row := fetched[ref], DataError) else next(results) for ref in refs]
+        rendering = self._pool.submit(render_rows, rows, self._renderer, self._data)
+
+        def results() -> list[Rendered | DataError]:
+            rendered = iter(rendering.result())
+            return [row if isinstance(row := fetched[ref], DataError) else next(rendered) for ref in refs]
+
+        return results
 
 
 def render_rows(rows: Sequence[Row], renderer: LiveRenderer, data: DataConfig) -> list[Rendered | DataError]:
@@ -106,6 +121,8 @@ class Lane:
         self._cursors = {int(source): Cursor(*cursor) for source, cursor in state["cursors"].items()}
         self._packed_cursors = dict(self._cursors)
         self._ready: deque[tuple[_Ticket, Rendered | DataError]] = deque()
+        self._coming: tuple[list[_Ticket], Callable[[], list[Rendered | DataError]]] | None = None
+        self._num_rows = FIRST_ROWS
         self._dropped: list[Entry] = []
         self.bins: dict[int, list[Entry]] = dict(enumerate(self._restored(state["bins"])))
         """Contents of the open rows, oldest first."""
@@ -155,8 +172,14 @@ class Lane:
             )
 
     def _refill(self) -> bool:
+        """Brings the next rendered samples to `_ready`, and has those after them rendered meanwhile."""
+        (tickets, results), self._coming = self._coming or self._begin(), self._begin()
+        self._ready.extend(zip(tickets, results(), strict=True))
+        return bool(tickets)
+
+    def _begin(self) -> tuple[list[_Ticket], Callable[[], list[Rendered | DataError]]]:
         tickets = []
-        while len(tickets) < RENDER_ROWS:
+        while len(tickets) < self._num_rows:
             index = self._drawn + self._lanes
             if self._num_samples is not None and index >= self._num_samples:
                 break
@@ -165,8 +188,8 @@ class Lane:
             ref, self._cursors[source] = self._kitchen.feeds[source].next(ordinal, self._number, cursor)
             tickets.append(_Ticket(index, self._mixer.counts, ref, self._cursors[source]))
             self._drawn = index
-        self._ready.extend(zip(tickets, self._kitchen.render([ticket.ref for ticket in tickets]), strict=True))
-        return bool(tickets)
+        self._num_rows = min(2 * self._num_rows, MAX_ROWS)
+        return tickets, self._kitchen.render([ticket.ref for ticket in tickets])
 
     def _state(self, last: _Ticket) -> dict[str, Any]:
         moved = {str(source): list(cursor) for source, cursor in self._packed_cursors.items() if cursor != Cursor()}
@@ -176,7 +199,7 @@ class Lane:
     def _restored(self, bins: list[list[list[int]]]) -> list[list[Entry]]:
         refs = [Ref(*ref) for refs in bins for ref in refs]
         entries = []
-        for ref, rendered in zip(refs, self._kitchen.render(refs), strict=True):
+        for ref, rendered in zip(refs, self._kitchen.render(refs)(), strict=True):
             if isinstance(rendered, DataError) or rendered.group is None:
                 raise ResumeError(
                     f"row {ref.row} (shard {ref.shard}) was used before the checkpoint and is refused now",

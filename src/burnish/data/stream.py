@@ -16,7 +16,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from burnish.data.feed import ShardFeed, TableFeed
-from burnish.data.lane import RENDER_ROWS, Entry, Kitchen, Lane, Packed, render_rows
+from burnish.data.lane import MAX_ROWS, Entry, Kitchen, Lane, Packed, render_rows
 from burnish.data.ledger import Ledger, Seen, add_states
 from burnish.data.packing.base import max_documents
 from burnish.data.packing.best_fit import merge_rows
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from burnish.data.renderers.base import LiveRenderer
     from burnish.data.sources.base import Source
     from burnish.types import Block, Group, Row
+
 
 class Made(NamedTuple):
     """A packed row, and what taking it changes."""
@@ -151,7 +152,8 @@ class Stream:
         return self._ledger.report()
 
     def close(self) -> None:
-        """Ends the background thread."""
+        """Ends the background threads."""
+        self._kitchen.close()
         if self._prefetch is not None:
             self._prefetch.close()
 
@@ -339,8 +341,8 @@ def _batches(source: Source) -> Iterator[list[Row]]:
     if isinstance(opened, RowShards):
         for shard in range(opened.num_shards):
             reader = opened.read(shard, 0)
-            while rows := list(islice(reader, RENDER_ROWS)):
+            while rows := list(islice(reader, MAX_ROWS)):
                 yield rows
         return
-    for start in range(0, len(opened), RENDER_ROWS):
-        yield opened.rows(range(start, min(start + RENDER_ROWS, len(opened))))
+    for start in range(0, len(opened), MAX_ROWS):
+        yield opened.rows(range(start, min(start + MAX_ROWS, len(opened))))

@@ -74,6 +74,7 @@ def build(recipe: Recipe, folder: RunFolder, renderer: LiveRenderer, console: Co
     mesh = stack.enter_context(open_mesh())
     policy = open_policy(recipe, mesh)
     checkpointer = Checkpointer(folder.path, keep=recipe.checkpoint.keep)
+    checkpointer.overlap(policy.optimizer)
     stack.callback(checkpointer.close)
     metrics = MetricsFile(folder.path / "metrics.jsonl")
     stack.callback(metrics.close)
@@ -111,7 +112,7 @@ def open_policy(recipe: Recipe, mesh: Mesh) -> Policy:
     from burnish.policy.policy import Policy
 
     model = load_model(recipe.model, mesh, seed=recipe.seed)
-    if recipe.data.packing.type != "none":
+    if recipe.data.packing.type != "none" or recipe.micro_batch_size > 1:
         require_packable(model)
     optimizer = recipe.optimizer.open(model.trainable_parameters())
     torch.manual_seed(recipe.seed)  # dropout; everything else draws from generators of its own

@@ -36,7 +36,7 @@ class ModelConfig(Config):
     """Commit hash, branch or tag on the hub. A commit hash is required with `trust_remote_code`."""
     trust_remote_code: bool = False
     """Run Python code that ships with the model; only from the commit that `revision` names."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the weights in the forward and backward pass."""
     attention: Literal["auto", "sdpa", "varlen", "flex"] = "auto"
     """Kernel under the document-masked attention operator. `auto`: per-document SDPA on CPU, varlen on CUDA."""
@@ -47,6 +47,6 @@ class ModelConfig(Config):
     adapter: Annotated[Adapter, OneOf("burnish.model.adapters")] | None = None
     """Present: train an adapter and freeze the rest. Absent: full fine-tuning."""
     pad_vocab_to: Annotated[int, Ge(1)] = 64
-    """Rows of the head are padded to a multiple of this, for the matrix kernels' sake; neither loss nor exports see it."""
+    """Rows of the head are padded to a multiple of this, for the kernels' sake; neither loss nor exports see it."""
     projection_chunk: Annotated[int, Gt(0)] = 512
-    """Tokens projected to the vocabulary at once: the transient memory is about this times the vocabulary times 4 bytes."""
+    """Tokens projected to the vocabulary at once; transient memory is about this times the vocabulary times 4 bytes."""

@@ -9,7 +9,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from burnish.model.precision import keep_masters
@@ -31,7 +33,7 @@ def prepare(model: PolicyModel, config: ModelConfig, mesh: Mesh, *, seed: int) -
     if config.adapter is not None:
         config.adapter.apply(model, seed=seed)
     dtype = getattr(torch, config.dtype)
-    keep_masters(model, dtype)
+    keep_masters(model)
     if config.activation_checkpointing != "none":
         recompute_layers(model, selective=config.activation_checkpointing == "selective")
     if config.compile is not None:
@@ -101,6 +103,12 @@ def shard(model: PolicyModel, mesh: Mesh, dtype: torch.dtype) -> None:
     for module in fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor without its graph, gathered from all ranks where it is sharded (every rank must then ask)."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:

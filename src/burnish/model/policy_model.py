@@ -140,7 +140,7 @@ class PolicyModel(nn.Module):
         return self.backbone(
             input_ids=block.token_ids.unsqueeze(0),
             position_ids=block.position_ids.unsqueeze(0),
-            documents=block.documents,
+            documents=block.documents.cpu(),  # every layer reads it on the host: one wait here instead of one a layer
             use_cache=False,
         ).last_hidden_state.squeeze(0)
 

@@ -60,12 +60,13 @@ class Throughput:
         self.attention_passes = executed.attention_forward / once if once else 1.0
         weight = model.head.weight
         self.head_product = 2 * model.vocab_size * weight.shape[1]
-        self.head_gradients = int(watch.hidden_needs_grad) + int(weight.requires_grad)
+        hidden_needs_grad = any(parameter.requires_grad for parameter in model.backbone.parameters())
+        self.head_gradients = int(hidden_needs_grad) + int(weight.requires_grad)
 
-    def flops(self, blocks: list[Block], loss: Loss) -> tuple[float | None, float | None]:
+    def flops(self, blocks: list[Block], loss: Loss) -> tuple[float, float] | None:
         """(useful, executed) operations of one forward and backward pass over `blocks`; None with an `obstacle`."""
         if self.obstacle is not None:
-            return None, None
+            return None
         useful = executed = 0.0
         for block in blocks:
             if not block.num_documents:
@@ -97,7 +98,6 @@ class _Watch(TorchFunctionMode):
         self.forward = self.backward = 0
         self.attention: Counter[tuple[int, int, int, int | None, bool]] = Counter()
         """(query heads, key width, value width, window, whether a gradient flows) -> layers."""
-        self.hidden_needs_grad = False
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -151,7 +151,6 @@ def _probe(model: PolicyModel, num_tokens: int, *, backward: bool) -> tuple[_Wat
             outputs = model(block, needs=frozenset({"logprobs"}), reads=torch.zeros_like(block.loss_mask))
         executed.forward = counter.get_total_flops()
         assert outputs.logprobs is not None
-        watch.hidden_needs_grad = any(p.requires_grad for p in model.backbone.parameters())
         if backward:
             outputs.logprobs.sum().backward()  # zeros, through every layer: no token is read
         executed.read(counter)

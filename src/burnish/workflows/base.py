@@ -126,16 +126,16 @@ class Run:
         Raises:
             RunFailed: the third step in a row whose loss or gradient was not finite.
         """
-        useful, executed = self.throughput.flops(blocks, loss)
         self._record |= {name: total / max(count, 1.0) for name, (total, count) in metrics.items()}
         self._record |= {
             "step_seconds": time.perf_counter() - self._started,
             "grad_norm": update.grad_norm,
             "tokens": sum(float(block.loss_mask.sum()) for block in blocks),
             "fill": sum(float((block.document_ids >= 0).sum()) for block in blocks) / sum(b.num_tokens for b in blocks),
-            "_useful_flops": useful,
-            "_executed_flops": executed,
         }
+        flops = self.throughput.flops(blocks, loss)
+        if flops is not None:
+            self._record |= {"_useful_flops": flops[0], "_executed_flops": flops[1]}
         self.bad_steps = self.bad_steps + 1 if update.skipped else 0
         if update.skipped:
             samples = [sample for block in blocks for sample in block.sample_ids]
@@ -147,22 +147,23 @@ class Run:
                 f"  cure: lower optimizer.learning_rate, or look at those rows"
             )
 
-    def due_evaluation(self) -> bool:
-        """Whether the step at hand is followed by an evaluation: every `eval_every`, and the last one."""
+    def evaluate_at_start(self, loss: Loss) -> None:
+        """Measures the held-out rows before the first step of a fresh run, written as step 0."""
+        if self.held_out is not None and self.step == 0:
+            self._evaluate(self.held_out(), loss)
+            self.journal.log(0, self._record)
+
+    def evaluate_if_due(self, loss: Loss) -> None:
+        """Measures the held-out rows after the step at hand: every `eval_every` steps, and after the last."""
         if self.held_out is None:
-            return False
+            return
         step, every = self.step + 1, self.cadence.eval_every
-        is_last = step == self.cadence.num_steps or self.stream.over
-        return is_last or (every is not None and step % every == 0)
+        if step == self.cadence.num_steps or self.stream.over or (every is not None and step % every == 0):
+            self._evaluate(self.held_out(), loss)
 
-    def record_evaluation(self, metrics: Mapping[str, Metric]) -> None:
-        """Notes held-out metrics beside the step's own, as `eval_<name>`."""
+    def _evaluate(self, blocks: Iterable[Block], loss: Loss) -> None:
+        metrics = self.policy.evaluate(blocks, loss)
         self._record |= {f"eval_{name}": total / max(count, 1.0) for name, (total, count) in metrics.items()}
-
-    def write_initial(self) -> None:
-        """Writes what was recorded before the first step as step 0."""
-        self.journal.log(0, self._record)
-        self._record = {}
 
     def save(self, *, wait: bool = False) -> None:
         """Begins a checkpoint of this moment; with `wait`, returns when it is on disk."""
@@ -181,8 +182,9 @@ class Run:
     def _finish_step(self) -> None:
         record, seconds = self._record, self._record["step_seconds"]
         record["tokens_per_second"] = record["tokens"] / seconds
-        record["mfu"] = record.pop("_useful_flops") / seconds / self.peak_flops
-        record["hfu"] = record.pop("_executed_flops") / seconds / self.peak_flops
+        for share, flops in (("mfu", "_useful_flops"), ("hfu", "_executed_flops")):
+            if flops in record:  # absent for a model whose operations cannot be counted
+                record[share] = record.pop(flops) / seconds / self.peak_flops
         self.journal.log(self.step, record)
         self.journal.ledger(self.stream.ledger())
         self._report_saves()

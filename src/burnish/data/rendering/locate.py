@@ -18,7 +18,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from itertools import takewhile
+from typing import Any, NamedTuple
 
 from burnish.data.rendering.template import MARK, TAG_CLOSE, TAG_OPEN, ChatTemplate, Marks, mark, take_marks
 
@@ -57,11 +58,10 @@ class Anchors:
     @cached_property
     def control(self) -> tuple[str, ...]:
         """Special tokens that make up turns: in a message they would forge one."""
-        return tuple(dict.fromkeys((*self.ends, *self.specials.findall(self.prompt))))
+        return tuple(dict.fromkeys(self.specials.findall("".join(self.ends) + self.prompt)))
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
+class Turn(NamedTuple):
     """One assistant message in the text: `spans` are trained, `core` reaches from its first content to its last."""
 
     message: int
@@ -215,9 +215,8 @@ class _Marker:
 
     def _call(self, call: Any, index: int) -> Any:
         function = call.get("function", call)
-        marked = {**function, "arguments": self._call_value(function.get("arguments"), index)}
-        if self._everything:
-            marked["name"] = self._call_value(function.get("name"), index)
+        keys = ("name", "arguments") if self._everything else ("arguments",)
+        marked = {**function, **{key: self._call_value(function[key], index) for key in keys if key in function}}
         return {**call, "function": marked} if "function" in call else marked
 
     def _call_value(self, value: Any, index: int) -> Any:
@@ -246,13 +245,19 @@ def _strings(value: Any) -> Sequence[str]:
 
 def _check_rendered(messages: list[Message], strings: list[tuple[int, int]], marks: Marks) -> None:
     """Nothing may be dropped silently, but thoughts of earlier turns, which reasoning templates drop by design."""
-    if len({mark_id for mark_id, _ in marks if mark_id >= _FIRST_STRING}) == 2 * len(strings):
+    seen = {mark_id for mark_id, _ in marks if mark_id >= _FIRST_STRING}
+    if len(seen) == 2 * len(strings):
         return
-    seen = {mark_id for mark_id, _ in marks}
     last = next((i for i in reversed(range(len(messages))) if messages[i]["role"] in ("assistant", "user")), -1)
+    missing, thought_of = [], set()
     for k, (index, kind) in enumerate(strings):
-        first = _FIRST_STRING + 2 * k
-        if (first in seen and first + 1 in seen) or (kind == _THOUGHT and index != last):
+        if not seen.issuperset((_FIRST_STRING + 2 * k, _FIRST_STRING + 2 * k + 1)):
+            missing.append((index, kind))
+        elif kind == _THOUGHT:
+            thought_of.add(index)
+    for index, kind in missing:
+        # Of `reasoning_content` and `thinking`, which many data sets carry both, a template reads one.
+        if kind == _THOUGHT and (index != last or index in thought_of):
             continue
         raise Refused(
             f"the chat template does not render the {_KINDS[kind]} of messages[{index}] ({messages[index]['role']})",
@@ -261,16 +266,15 @@ def _check_rendered(messages: list[Message], strings: list[tuple[int, int]], mar
 
 
 def _contents(marks: Marks, strings: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
-    """(message, first, last) in order of the text: each message's reach from its first mark to its last.
-
-    A call's name may come again in the header of its result (gpt-oss): the first time counts.
-    """
+    """(message, first mark's place, last mark's place), in order of the text. Gemma 4 cuts a message in two."""
     contents: list[tuple[int, int, int]] = []
     seen: set[int] = set()
     for mark_id, position in marks:
         message, kind = strings[(mark_id - _FIRST_STRING) // 2]
-        if mark_id in seen and kind == _CALL:
-            continue
+        if mark_id in seen:
+            if kind == _CALL:  # a call's name comes again in the header of its result (gpt-oss): the first time counts
+                continue
+            raise Refused("the loss mask cannot be proved: the template renders a content twice", _TAG_IT)
         seen.add(mark_id)
         if contents and contents[-1][0] == message:
             contents[-1] = (message, contents[-1][1], position)
@@ -283,10 +287,8 @@ def _turns(
     text: str, marks: Marks, strings: list[tuple[int, int]], messages: list[Message], anchors: Anchors
 ) -> list[Turn]:
     """Assistant turns from marks; tags, where the template has some, must agree and decide where a turn begins."""
-    tags = _tags(marks)
+    tags = _tags(marks) if any(mark_id < _FIRST_STRING for mark_id, _ in marks) else []
     contents = _contents([m for m in marks if m[0] >= _FIRST_STRING] if tags else marks, strings)
-    if len({message for message, _, _ in contents}) < len(contents):
-        raise Refused("the loss mask cannot be proved: the template renders turns twice or inside one another", _TAG_IT)
     if tags:
         _check_agreement(text, tags, marks, strings, messages)
     turns = []
@@ -295,8 +297,7 @@ def _turns(
             continue
         before = contents[i - 1][2] if i else 0
         after = contents[i + 1][1] if i + 1 < len(contents) else len(text)
-        found = text.rfind(anchors.prompt, before, first) if anchors.prompt else -1
-        start = found + len(anchors.prompt) if found >= 0 else first
+        start = _after_prompt(text, before, first, anchors)
         end = _end_of_turn(text, last, after, anchors)
         spans = ((start, end or last),)
         if tags:
@@ -305,13 +306,26 @@ def _turns(
     return turns
 
 
+def _after_prompt(text: str, start: int, stop: int, anchors: Anchors) -> int:
+    """Where the model begins to write, at `stop` at the latest: behind the generation prompt, or behind as much of it
+    as stands there (of `<|im_start|>assistant\\n<think>\\n`, earlier turns may have no `<think>`).
+    """
+    prompt = anchors.prompt
+    if prompt and (at := text.rfind(prompt, start, stop)) >= 0:
+        return at + len(prompt)
+    special = anchors.specials.match(prompt)
+    if special is None or (at := text.rfind(special.group(), start, stop)) < 0:
+        return stop
+    return at + sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, text[at:stop], strict=False)))
+
+
 def _end_of_turn(text: str, start: int, stop: int, anchors: Anchors) -> int | None:
     """End of the token that ends the turn whose content ends at `start`, before the next content at `stop`."""
     found = [at + len(end) for end in anchors.ends if (at := text.find(end, start, stop)) >= 0]
     if found:
         return min(found)
     special = anchors.specials.search(text, start, stop)
-    return special.end() if special else None
+    return special.end() if special and special.group() not in anchors.prompt else None
 
 
 def _tags(marks: Marks) -> list[Span]:
@@ -353,8 +367,10 @@ def _check_agreement(
 def _tagged_spans(text: str, core: Span, tags: list[Span], end: int | None) -> tuple[Span, ...]:
     """The tags of one turn; the last one is made to end with the end-of-turn token, and not with white space."""
     own = [(start, stop) for start, stop in tags if start <= core[1] and stop >= core[0]]
+    if not own:
+        raise Refused("the loss mask cannot be proved: a turn has no {% generation %} tag", _TAG_IT)
     start, stop = own[-1]
-    return (*own[:-1], (start, max(start + len(text[start:stop].rstrip()), end or 0)))
+    return (*own[:-1], (start, end or start + len(text[start:stop].rstrip())))
 
 
 def _tagged_turns(text: str, marks: Marks, messages: list[Message], anchors: Anchors) -> list[Turn]:

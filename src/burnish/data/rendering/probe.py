@@ -85,9 +85,10 @@ def learn(template: ChatTemplate, specials: list[str], extra: dict[str, Any]) ->
             if last is None:
                 failure = failure or "it does not render the content of the messages"
                 continue
-            ends = _ends(middle, last, pattern)
+            prompt = _prompt(template, extra, parts, pattern)
+            ends = _ends(middle, last, prompt, pattern)
             ends += tuple(end for end in _call_ends(template, extra, pattern, ends) if end not in ends)
-            return Anchors(_prompt(template, extra, parts, pattern), ends, pattern, parts)
+            return Anchors(prompt, ends, pattern, parts)
     raise Refused(
         f"the chat template renders no conversation: {failure}",
         "check it, or give another with `renderer.chat_template_path`",
@@ -180,14 +181,23 @@ def _surrounded(message: Message, sign: str) -> Message:
     return {**message, "content": content, "tool_calls": [{**call, "function": function}]}
 
 
-def _ends(middle: str | None, last: str, specials: re.Pattern[str]) -> tuple[str, ...]:
-    """`<|im_end|>\\n<|im_start|>user` and `<|im_end|>\\n` -> `<|im_end|>`; nothing in common: the first of each."""
+def _ends(middle: str | None, last: str, prompt: str, specials: re.Pattern[str]) -> tuple[str, ...]:
+    """What ends a turn, from what follows one in the middle and at the end of a chat.
+
+    `<|im_end|>\\n<|im_start|>user\\n` and `<|im_end|>\\n` give `<|im_end|>`; of several in a row (Cohere) all
+    count; where nothing is common (gpt-oss, GLM) it is the first special token of each.
+    """
     tails = [last] if middle is None else [middle, last]
-    common = specials.findall(_common(tails, specials))
-    if common:
-        return (common[0],)
-    firsts = [found.group() for tail in tails if (found := specials.search(tail))]
-    return tuple(dict.fromkeys(firsts))
+    pieces = _pieces(_common(tails, specials), specials)
+    if len(pieces) == 1:
+        firsts = [found.group() for tail in tails if (found := specials.search(tail))]
+        return tuple(dict.fromkeys(firsts))
+    run = pieces[1]
+    for between, special in zip(pieces[2::2], pieces[3::2], strict=False):
+        if between or special in prompt:
+            break
+        run += special
+    return (run,)
 
 
 def _call_ends(
@@ -201,11 +211,11 @@ def _call_ends(
         return ()
     if last is None or middle is None:
         return ()
-    common = specials.findall(_common([middle, last], specials))
+    common = _common([middle, last], specials)
     if any(end in common for end in known):
         return ()
-    if common:
-        return (common[-1],)
+    if found := specials.findall(common):
+        return (found[-1],)
     return tuple(found.group() for tail in (middle, last) if (found := specials.search(tail)))[:1]
 
 

@@ -9,6 +9,7 @@ import contextlib
 import marshal
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -131,7 +132,7 @@ class TemplateProcess:
         _end(process, self._owner)
         if hung:
             raise _Died(f"no answer in {_ANSWER_SECONDS:.0f} s")
-        if process.returncode == -24:  # SIGXCPU
+        if process.returncode == -signal.SIGXCPU:
             raise _Died(f"more than {worker.CPU_SECONDS} s of processor time")
         raise _Died(
             f"its process ended with code {process.returncode}; memory is limited to {worker.MEMORY_BYTES >> 20} MiB"

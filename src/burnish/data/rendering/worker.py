@@ -48,8 +48,8 @@ class _Live:
             text, turns = locate(self._template, self._anchors_for(extra), messages, tools, extra)
         except Refused as refused:
             return None, refused.reason, refused.cure
-        except MemoryError as error:
-            return None, f"the conversation cannot be rendered: {said(error)}", "shorten it"
+        except Exception as error:  # of the template: it may do anything, and the other rows still want their answer
+            return None, f"the loss mask cannot be located: {said(error)}", "look at the template, or shorten the row"
         return text, [span for turn in turns if messages[turn.message].get("train", True) for span in turn.spans]
 
 

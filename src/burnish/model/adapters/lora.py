@@ -113,6 +113,8 @@ def _initialise(name: str, parameter: nn.Parameter, seed: int) -> None:
 def weights_without_adapter(model: PolicyModel, *, merge: bool) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, whole tensor) of every weight, under the names from before `apply`. With `merge`, an adapted
     one is W + (lora_alpha / r) B A, summed in float32 and rounded once to W's dtype."""
+    from burnish.model.parallel import whole
+
     for name, tensor in model.state_dict(keep_vars=True).items():
         if "lora_" in name:
             continue
@@ -125,22 +127,18 @@ def weights_without_adapter(model: PolicyModel, *, merge: bool) -> Iterator[tupl
 
 def _update(layer: Any) -> Tensor:
     """(lora_alpha / r) B A, laid out as the weight it is added to; float32."""
+    from burnish.model.parallel import whole
+
     product = whole(layer.lora_B[ADAPTER].weight).float() @ whole(layer.lora_A[ADAPTER].weight).float()
     return (product.T if layer.fan_in_fan_out else product) * layer.scaling[ADAPTER]
 
 
 def adapter_tensors(model: PolicyModel) -> dict[str, Tensor]:
     """The adapter under the names of PEFT's `adapter_model.safetensors`."""
+    from burnish.model.parallel import whole
+
     return {
         f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": whole(parameter).contiguous()
         for name, parameter in model.named_parameters()
         if "lora_" in name
     }
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor without its graph, gathered from all ranks where it is sharded."""
-    from torch.distributed.tensor import DTensor
-
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -67,6 +67,7 @@ def measure(folder: str, threads: int) -> list[dict[str, Any]]:
     backend = tokenizer.backend_tokenizer
     tokens = sum(len(encoding.ids) for batch in batches for encoding in backend.encode_batch(batch))
 
+    blocks = 0
     seconds: dict[str, list[float]] = {"encode_batch": [], "encode_batch_fast": [], "stream": []}
     for _ in range(ROUNDS):
         for name in ("encode_batch", "encode_batch_fast"):

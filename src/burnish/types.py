@@ -43,7 +43,7 @@ class Sample:
 
         token_ids  [  1,  20,  11,  20,   9,   2,   3,  22,   4]     <u> 2 + 2 ? </u> <a> 4 </a>
         loss_mask  [  0,   0,   0,   0,   0,   0,   0,   1,   1]     True: the model is trained to predict this token
-        columns    {"weight": array(0.5)}                            shape () a value a document, shape [T] a value a token
+        columns    {"weight": array(0.5)}                            shape (): one a document, shape [T]: one a token
 
     `loss_mask[0]` is always False: nothing stands before the first token of a document that could predict it.
     """
@@ -83,7 +83,7 @@ class Rendered:
     group: Group | None
     fates: Counter[str]
     refusal: DataError | None = None
-    """Why the run must stop here, where the recipe says so (`over_length: refuse`, bad rows). Raised by who consumes it."""
+    """Why the run must stop here (a bad row, or a long one under `over_length: refuse`); raised when it is consumed."""
 
 
 @dataclass(slots=True)

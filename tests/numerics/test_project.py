@@ -7,7 +7,9 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
+from burnish.model.head_chunks import Head
 from burnish.model.project import VECTORS, Reference, previous_token, project
 from burnish.types import Block, TokenOutputs, collate
 
@@ -171,8 +173,6 @@ def test_no_gradient_is_computed_for_what_is_frozen(need: str, frozen: str) -> N
     case = Case()
     getattr(case, frozen).requires_grad_(False)
     other = case.hidden if frozen == "weight" else case.weight
-    from torch.utils.flop_counter import FlopCounterMode
-
     with FlopCounterMode(display=False) as counter:
         getattr(case.project(need), need).sum().backward()
     products = 2 if need == "weighted_nll" else 3  # logits (again in backward), and one gradient
@@ -181,8 +181,6 @@ def test_no_gradient_is_computed_for_what_is_frozen(need: str, frozen: str) -> N
 
 
 def test_without_grad_the_head_runs_once() -> None:
-    from torch.utils.flop_counter import FlopCounterMode
-
     case = Case()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         outputs = case.project("weighted_nll")
@@ -305,10 +303,8 @@ def test_extreme_logits_stay_finite() -> None:
 
 
 def test_chunks_cover_every_token_once_and_are_even() -> None:
-    from burnish.model.project import _Head
-
     for num_tokens, chunk in itertools.product((0, 1, 7, 256, 257, 410), (1, 3, 256)):
-        slices = list(_Head(V, None, 1.0, 1.0, chunk).slices(num_tokens))
+        slices = list(Head(V, None, 1.0, 1.0, chunk).slices(num_tokens))
         sizes = [s.stop - s.start for s in slices]
         assert [i for s in slices for i in range(s.start, s.stop)] == list(range(num_tokens))
         assert not sizes or (max(sizes) <= chunk and max(sizes) - min(sizes) <= 1)

@@ -92,6 +92,8 @@ def build(recipe: Recipe, folder: RunFolder, renderer: LiveRenderer, console: Co
         throughput=Throughput(policy.model),
         peak_flops=peak_flops(mesh.device, getattr(torch, recipe.model.dtype)),
     )
+    if run.throughput.obstacle is not None:
+        console.note(f"mfu is not reported: {run.throughput.obstacle}")
     restore(run)
     metrics.cut(run.step)
     for tracker in recipe.track:

@@ -13,7 +13,6 @@ This module must not know which loss reads its outputs, nor where the hidden sta
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from burnish.model.head_chunks import Head, HeadGradients, wide_dtype
 from burnish.types import TokenOutputs
 
 if TYPE_CHECKING:
@@ -46,92 +46,6 @@ class Reference:
     logit_scale: float = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Head:
-    """logits = cap(logit_scale * (h W^T + b)) / temperature over the first `vocab_size` rows of W."""
-
-    vocab_size: int
-    softcap: float | None
-    logit_scale: float
-    temperature: float
-    chunk: int
-
-    def slices(self, num_tokens: int) -> Iterator[slice]:
-        """Chunks of nearly equal size: 410 tokens by 256 are 205 + 205, whose peak is below that of 256 + 154."""
-        count = -(-num_tokens // self.chunk)
-        for i in range(count):
-            yield slice(num_tokens * i // count, num_tokens * (i + 1) // count)
-
-    def buffer(self, hidden_nH: Tensor, parts: int) -> Tensor:
-        """Memory [parts, c, V] for the largest chunk, in the dtype of reductions: float32, float64 for float64."""
-        longest = max((s.stop - s.start for s in self.slices(hidden_nH.shape[0])), default=0)
-        return torch.empty(parts, longest, self.vocab_size, dtype=_wide(hidden_nH), device=hidden_nH.device)
-
-    def logits(
-        self, hidden_cH: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Logits [c, V] of a chunk, written to `out`; and d logits / d (h W^T + b) where that is not a constant."""
-        weight, out = weight[: self.vocab_size], out[: hidden_cH.shape[0]]
-        if weight.dtype == out.dtype:
-            torch.mm(hidden_cH, weight.t(), out=out)
-        else:
-            out.copy_(torch.mm(hidden_cH, weight.t()))
-        if bias is not None:
-            out.add_(bias[: self.vocab_size])
-        if self.softcap is None:
-            if self.slope != 1.0:
-                out.mul_(self.slope)
-            return out, None
-        out.mul_(self.logit_scale / self.softcap).tanh_()
-        slope = out.square().neg_().add_(1.0).mul_(self.slope)
-        return out.mul_(self.softcap / self.temperature), slope
-
-    @property
-    def slope(self) -> float:
-        """d logits / d (h W^T + b), but for the cap."""
-        return self.logit_scale / self.temperature
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-class _Gradients:
-    """Sums a head's gradients over chunks: dW and db in float32 whatever the weights are in, and dH row by row."""
-
-    def __init__(self, hidden_nH: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, bool, bool]) -> None:
-        self.wide = _wide(weight)
-        self.hidden = torch.empty_like(hidden_nH) if wanted[0] else None
-        self.weight = torch.zeros_like(weight, dtype=self.wide) if wanted[1] else None
-        self.bias = torch.zeros_like(bias, dtype=self.wide) if bias is not None and wanted[2] else None
-
-    def add(self, rows: slice, hidden_cH: Tensor, weight: Tensor, slope: Tensor | float, grad_cV: Tensor) -> None:
-        """Adds one chunk, given d loss / d logits; `grad_cV` is spent."""
-        vocab_size = grad_cV.shape[1]
-        if not isinstance(slope, float) or slope != 1.0:
-            grad_cV.mul_(slope)
-        narrow = grad_cV.to(weight.dtype)
-        if self.hidden is not None:
-            torch.mm(narrow, weight[:vocab_size], out=self.hidden[rows])
-        if self.bias is not None:
-            self.bias[:vocab_size].add_(grad_cV.sum(0))
-        if self.weight is None:
-            return
-        total = self.weight[:vocab_size]  # accumulated in place: a [V, H] temporary a chunk would outweigh the logits
-        if narrow.dtype == self.wide:
-            torch.addmm(total, narrow.t(), hidden_cH, out=total)
-        elif total.is_cuda:
-            torch.addmm(total, narrow.t(), hidden_cH, out_dtype=self.wide, out=total)  # pyright: ignore[reportCallIssue]
-        else:
-            torch.addmm(total, grad_cV.t(), hidden_cH.to(self.wide), out=total)
-
-    def result(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(dH, dW, db) in the dtypes of what they are gradients of."""
-        narrow_weight = None if self.weight is None else self.weight.to(weight.dtype)
-        narrow_bias = None if self.bias is None or bias is None else self.bias.to(bias.dtype)
-        return self.hidden, narrow_weight, narrow_bias
-
-
 class _WeightedNLL(torch.autograd.Function):
     """sum_n coefficient_n * -log p(id_n | hidden_n), with its gradients computed on the way."""
 
@@ -143,12 +57,12 @@ class _WeightedNLL(torch.autograd.Function):
         bias: Tensor | None,
         ids_n: Tensor,
         coefficients_n: Tensor,
-        head: _Head,
+        head: Head,
         grad_enabled: bool,
     ) -> Tensor:
         wanted = tuple(grad_enabled and needed for needed in ctx.needs_input_grad[:3])
-        gradients = _Gradients(hidden_nH, weight, bias, wanted)  # pyright: ignore[reportArgumentType]
-        total = torch.zeros((), dtype=_wide(hidden_nH), device=hidden_nH.device)
+        gradients = HeadGradients(hidden_nH, weight, bias, wanted)  # pyright: ignore[reportArgumentType]
+        total = torch.zeros((), dtype=wide_dtype(hidden_nH), device=hidden_nH.device)
         memory = head.buffer(hidden_nH, 1)[0]
         for rows in head.slices(hidden_nH.shape[0]):
             hidden_cH, ids_c1 = hidden_nH[rows], ids_n[rows, None]
@@ -191,10 +105,10 @@ class _Vectors(torch.autograd.Function):
         bias: Tensor | None,
         ids_nK: Tensor,
         reference: _ReferenceRows | None,
-        head: _Head,
+        head: Head,
         entropy: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        num_tokens, wide = hidden_nH.shape[0], _wide(hidden_nH)
+        num_tokens, wide = hidden_nH.shape[0], wide_dtype(hidden_nH)
         whole_rows = entropy or reference is not None
         memory = head.buffer(hidden_nH, 2 if whole_rows else 1)
         chosen_nK = hidden_nH.new_zeros(ids_nK.shape, dtype=wide)
@@ -229,7 +143,7 @@ class _Vectors(torch.autograd.Function):
     ) -> Any:
         hidden_nH, weight, bias, ids_nK, log_sums_n1, entropy_n, kl_n = ctx.saved_tensors
         head, reference = ctx.head, ctx.reference
-        gradients = _Gradients(hidden_nH, weight, bias, ctx.needs_input_grad[:3])
+        gradients = HeadGradients(hidden_nH, weight, bias, ctx.needs_input_grad[:3])
         reverse = g_kl_n is not None and reference.kind == "reverse"
         whole_rows = g_entropy_n is not None or reverse
         memory = head.buffer(hidden_nH, 2 if whole_rows else 1)
@@ -274,11 +188,11 @@ class _ReferenceRows:
     def kind(self) -> str:
         return self.of.kind
 
-    def log_q(self, rows: slice, head: _Head) -> Tensor:
+    def log_q(self, rows: slice, head: Head) -> Tensor:
         """log q [c, V] of a chunk."""
-        own = _Head(head.vocab_size, self.of.softcap, self.of.logit_scale, head.temperature, head.chunk)
+        own = Head(head.vocab_size, self.of.softcap, self.of.logit_scale, head.temperature, head.chunk)
         hidden_cH = self.hidden_nH[rows]
-        out = torch.empty(hidden_cH.shape[0], head.vocab_size, dtype=_wide(hidden_cH), device=hidden_cH.device)
+        out = torch.empty(hidden_cH.shape[0], head.vocab_size, dtype=wide_dtype(hidden_cH), device=hidden_cH.device)
         return own.logits(hidden_cH, self.of.weight_VH, self.of.bias, out)[0].log_softmax(1)
 
     def divergence(self, p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -334,13 +248,13 @@ def project(
         coefficients_T: [T], for `weighted_nll`. No gradient flows into them.
         topk_ids_TK: int64 [T, K], for `topk_logprobs`.
         reference: for `full_kl`.
-        chunk: most tokens projected at once: the transient memory is chunk * V * 4 bytes, twice that for `entropy`,
-            three times for `full_kl`.
+        chunk: most tokens projected at once: the transient memory is chunk * V * 4 bytes, once more for
+            `entropy`, twice more for `full_kl`, and once more with a soft cap.
 
     A block where nothing is read gives zeros that hang on the graph, so a backward pass and its collectives still run.
     """
     assert needs <= VECTORS | {"weighted_nll"}, f"the projection cannot make {sorted(needs - VECTORS)}"
-    head = _Head(vocab_size or weight_VH.shape[0], softcap, logit_scale, temperature, chunk)
+    head = Head(vocab_size or weight_VH.shape[0], softcap, logit_scale, temperature, chunk)
     read_n = torch.nonzero(reads_T & (previous_T >= 0)).squeeze(1)
     hidden_nH = hidden_TH.index_select(0, previous_T[read_n])
     ids_n = token_ids_T[read_n]

@@ -10,10 +10,10 @@ norm leaves the loss as it is.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -180,14 +180,14 @@ def largest(differences: dict[str, float]) -> tuple[str, float]:
 def watched(layers: Sequence[nn.Module], outputs: dict[str, list[Tensor]]) -> Iterator[None]:
     """Collects each layer's output [T, H] of every forward pass in the block."""
 
-    def keep(name: str, output: Tensor | tuple[Tensor, ...]) -> None:
-        states = output if isinstance(output, Tensor) else output[0]
-        outputs.setdefault(name, []).append(states.detach().squeeze(0))
+    def keeper(name: str) -> Callable[..., None]:
+        def keep(_layer: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            states = output if isinstance(output, Tensor) else output[0]
+            outputs.setdefault(name, []).append(states.detach().squeeze(0))
 
-    hooks = [
-        layer.register_forward_hook(lambda _module, _inputs, output, name=f"layer {index}": keep(name, output))
-        for index, layer in enumerate(layers)
-    ]
+        return keep
+
+    hooks = [layer.register_forward_hook(keeper(f"layer {index}")) for index, layer in enumerate(layers)]
     try:
         yield
     finally:
@@ -195,9 +195,9 @@ def watched(layers: Sequence[nn.Module], outputs: dict[str, list[Tensor]]) -> It
             hook.remove()
 
 
-def decoder_layers(causal_lm: nn.Module) -> Sequence[nn.Module]:
+def decoder_layers(causal_lm: Any) -> Sequence[nn.Module]:
     """The transformer layers of a transformers model, in order."""
-    depth = causal_lm.config.get_text_config().num_hidden_layers  # pyright: ignore[reportAttributeAccessIssue]
+    depth = causal_lm.config.get_text_config().num_hidden_layers
     return next(list(m) for m in causal_lm.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
 
 

@@ -47,7 +47,7 @@ def stream_answer(path: str, prompt: str, *, max_new_tokens: int, temperature: f
     folder = exported_folder(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(reason, where=path, cure="give a model folder, a run or a hub id") from error

@@ -10,7 +10,7 @@ from burnish.schedules.base import Schedule
 
 
 class WSD(Schedule):
-    """Stays at 1, then falls in a straight line over the last `decay_ratio` of the run. Hu et al., arXiv:2404.06395, sec. 4."""
+    """Stays at 1, then falls in a straight line over the end of the run. Hu et al., arXiv:2404.06395, sec. 4."""
 
     type: Literal["wsd"] = "wsd"
     decay_ratio: Annotated[float, Interval(gt=0, le=1)] = 0.2

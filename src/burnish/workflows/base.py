@@ -126,16 +126,20 @@ class Run:
         Raises:
             RunFailed: the third step in a row whose loss or gradient was not finite.
         """
+        seconds = time.perf_counter() - self._started
+        trained = sum(int(block.loss_mask.sum()) for block in blocks)
+        held = sum(int((block.document_ids >= 0).sum()) for block in blocks)
         self._record |= {name: total / max(count, 1.0) for name, (total, count) in metrics.items()}
         self._record |= {
-            "step_seconds": time.perf_counter() - self._started,
             "grad_norm": update.grad_norm,
-            "tokens": sum(float(block.loss_mask.sum()) for block in blocks),
-            "fill": sum(float((block.document_ids >= 0).sum()) for block in blocks) / sum(b.num_tokens for b in blocks),
+            "tokens": trained,
+            "tokens_per_second": trained / seconds,
+            "fill": held / sum(block.num_tokens for block in blocks),
+            "step_seconds": seconds,
         }
         flops = self.throughput.flops(blocks, loss)
         if flops is not None:
-            self._record |= {"_useful_flops": flops[0], "_executed_flops": flops[1]}
+            self._record |= {"mfu": flops[0] / seconds / self.peak_flops, "hfu": flops[1] / seconds / self.peak_flops}
         self.bad_steps = self.bad_steps + 1 if update.skipped else 0
         if update.skipped:
             samples = [sample for block in blocks for sample in block.sample_ids]
@@ -180,12 +184,7 @@ class Run:
         self.step, self.bad_steps = state["step"], state["bad_steps"]
 
     def _finish_step(self) -> None:
-        record, seconds = self._record, self._record["step_seconds"]
-        record["tokens_per_second"] = record["tokens"] / seconds
-        for share, flops in (("mfu", "_useful_flops"), ("hfu", "_executed_flops")):
-            if flops in record:  # absent for a model whose operations cannot be counted
-                record[share] = record.pop(flops) / seconds / self.peak_flops
-        self.journal.log(self.step, record)
+        self.journal.log(self.step, self._record)
         self.journal.ledger(self.stream.ledger())
         self._report_saves()
         if self.step % self.cadence.save_every == 0 and self.step != self.cadence.num_steps:

@@ -22,5 +22,5 @@ class Optimizer(Component):
     """Decoupled weight decay, on matrices only: norms and biases never decay."""
 
     def open(self, parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
-        """The live optimizer. Every group carries `lr_scale`, which the policy multiplies by the step's learning rate."""
+        """The live optimizer. A group's learning rate is the step's, times the `lr_scale` that every group carries."""
         raise AssertionError(f"{type(self).__name__} cannot be opened")

@@ -47,7 +47,9 @@ def impossible_batch(lab: Lab) -> Bad:
 
 
 def unknown_component(lab: Lab) -> Bad:
-    return Bad({"optimizer": {"type": "adamv"}}, ("optimizer: no type 'adamv', did you mean 'adamw'?",), key="optimizer")
+    return Bad(
+        {"optimizer": {"type": "adamv"}}, ("optimizer: no type 'adamv', did you mean 'adamw'?",), key="optimizer"
+    )
 
 
 def missing_loss_class(lab: Lab) -> Bad:
@@ -120,11 +122,15 @@ def truncated_last_line(lab: Lab) -> Bad:
 
 
 def not_a_conversation(lab: Lab) -> Bad:
-    return with_line(lab, b'{"question": "a", "answer": "b"}\n', "unknown format: the row has question, answer", "columns: {")
+    return with_line(
+        lab, b'{"question": "a", "answer": "b"}\n', "unknown format: the row has question, answer", "columns: {"
+    )
 
 
 def unknown_role(lab: Lab) -> Bad:
-    return with_line(lab, GOOD.replace(b"assistant", b"asistant") + b"\n", "messages[1].role", "did you mean 'assistant'?")
+    return with_line(
+        lab, GOOD.replace(b"assistant", b"asistant") + b"\n", "messages[1].role", "did you mean 'assistant'?"
+    )
 
 
 def empty_assistant_turn(lab: Lab) -> Bad:
@@ -133,7 +139,9 @@ def empty_assistant_turn(lab: Lab) -> Bad:
 
 def nothing_to_train(lab: Lab) -> Bad:
     row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "train": False}]}
-    return with_line(lab, json.dumps(row).encode() + b"\n", "no token to train", "let an assistant turn of it be trained")
+    return with_line(
+        lab, json.dumps(row).encode() + b"\n", "no token to train", "let an assistant turn of it be trained"
+    )
 
 
 def too_long(lab: Lab) -> Bad:
@@ -213,7 +221,7 @@ def test_what_a_recipe_names_is_refused_and_the_corrected_command_runs(case: Cal
     refused(lab, bad.said, "check", recipe, "--all")
     assert not (lab.folder / "run").exists()
     refused(lab, bad.said, "train", recipe)
-    code, output = lab.burnish("check", lab.recipe("run", num_steps=1))
+    code, output = lab.burnish("check", lab.recipe("run", num_steps=1, schedule={"type": "constant"}))
     assert code == 0, output
     lab.resume("run")
     assert len(column(lab.folder / "run", "loss")) == 1

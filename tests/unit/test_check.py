@@ -127,7 +127,8 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(tmp_path, 
     (small / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
     blocks["model"]["path"] = str(small)
     refused = lines(check(tmp_path, capsys, blocks), "refused", "tokenizer")
-    assert refused == ["the tokenizer has ids up to 319, the model's embedding has 300 rows"]
+    assert len(refused) == 1
+    assert refused[0].endswith("the tokenizer has ids up to 319, the model's embedding has 300 rows")
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path, capsys, blocks, tiny_model):

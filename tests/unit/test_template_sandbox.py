@@ -19,7 +19,7 @@ ATTACKS = {
     "allocates at once": ("{% set x = 'a' * 2147483647 %}", "too much memory"),
     "doubles": (
         "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
-        "memory",
+        "memory|processor time",
     ),
     "pads": ("{{ '%2000000000d' % 1 }}", "too much memory"),
     "calls itself": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "calls itself without end"),

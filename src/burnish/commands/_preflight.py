@@ -101,7 +101,7 @@ class Preflight:
         """Whether the run folder is free, or holds a run that this recipe may go on with."""
         folder = Path(self.recipe.run_dir)
         saved = folder / "recipe.json"
-        if not saved.is_file():
+        if not (saved.is_file() and any(folder.glob("checkpoint-*/manifest.json"))):
             yield Finding("run", "ok", f"{folder}: a new run")
             return
         changed = self.recipe.changed_fixed_fields(json.loads(saved.read_text(encoding="utf-8")))
@@ -141,17 +141,14 @@ class Preflight:
         self.tokenizer = tokenizer
         if self.hf_config is None:
             return
-        num_ids = max(tokenizer.get_vocab().values()) + 1
         rows = self.hf_config.get_text_config().vocab_size
         template = "a chat template" if tokenizer.chat_template else "no chat template"
-        if num_ids > rows:
-            reason = f"the tokenizer has ids up to {num_ids - 1}, the model's embedding has {rows} rows"
-            yield Finding("tokenizer", "refused", reason, "use the model's own tokenizer: data.tokenizer={type: model}")
-        else:
-            yield Finding("tokenizer", "ok", f"{num_ids:,} ids in {rows:,} embedding rows, {template}")
+        yield Finding("tokenizer", "ok", f"{len(tokenizer):,} ids in {rows:,} embedding rows, {template}")
 
     def masks(self) -> Iterator[Finding]:
         """Renders rows of every source: what is trained, what does not fit, what cannot be used."""
+        from burnish.model.load import require_embeddings
+
         if self.tokenizer is None:
             return
         try:
@@ -159,6 +156,11 @@ class Preflight:
         except UserError as error:
             yield Finding.refusal("masks", error)
             return
+        if self.hf_config is not None:
+            try:
+                require_embeddings(self.hf_config, self.tokenizer, renderer.chat_template)
+            except UserError as error:
+                yield Finding.refusal("tokenizer", error)
         yield from _template(renderer)
         for name, table in self.tables.items():
             seen = self.seen[name] = self._render(table, renderer)

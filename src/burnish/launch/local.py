@@ -37,6 +37,7 @@ class Local(Launch):
         from burnish.launch.console import Console
         from burnish.launch.run_folder import open_run_folder
         from burnish.launch.signals import StopSignals
+        from burnish.model.load import load_config, require_embeddings
 
         with ExitStack() as stack:
             folder = stack.enter_context(open_run_folder(Path(recipe.run_dir)))
@@ -44,8 +45,9 @@ class Local(Launch):
             stop = stack.enter_context(StopSignals())
             console = Console(recipe.num_steps, json_lines=json_lines)
             stack.callback(console.close)
-            tokenizer = recipe.data.tokenizer.open(recipe.model.path)
+            tokenizer = recipe.data.tokenizer.open(recipe.model.path, recipe.model.revision)
             renderer = recipe.data.renderer.open(tokenizer)
+            require_embeddings(load_config(recipe.model), tokenizer, renderer.chat_template)
             run = build(recipe, folder, renderer, console, stack)
             run.stop_requested = stop.requested
             recipe.workflow.run(run)

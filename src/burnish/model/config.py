@@ -48,5 +48,5 @@ class ModelConfig(Config):
     """Present: train an adapter and freeze the rest. Absent: full fine-tuning."""
     pad_vocab_to: Annotated[int, Ge(1)] = 64
     """Rows of the head are padded to a multiple of this, for the kernels' sake; neither loss nor exports see it."""
-    projection_chunk: Annotated[int, Gt(0)] = 512
+    projection_chunk: Annotated[int, Gt(0)] = 256
     """Tokens projected to the vocabulary at once; transient memory is about this times the vocabulary times 4 bytes."""

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from burnish.errors import ModelError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from burnish.mesh import Mesh
     from burnish.model.config import ModelConfig
     from burnish.model.policy_model import PolicyModel
@@ -165,6 +167,24 @@ def require_packable(model: PolicyModel) -> None:
         reason = packing_leaks(model)
     if reason is not None:
         raise ModelError(reason, where="data.packing", cure="one document a row: `packing: {type: none}`")
+
+
+def require_embeddings(hf_config: Any, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
+    """Raises ModelError where the tokenizer writes ids that the model has no embedding for.
+
+    An added token that the chat template does not mention may have none: the tokenizer of Gemma 3's text models ends
+    with an image token, id 262144, and their embedding with row 262143.
+    """
+    rows = hf_config.get_text_config().vocab_size
+    added = tokenizer.get_added_vocab()
+    beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= rows}
+    written = [i for token, i in beyond.items() if token not in added or token in (chat_template or "")]
+    if written:
+        raise ModelError(
+            f"the tokenizer has ids up to {max(written)}, the model's embedding has {rows} rows",
+            where=tokenizer.name_or_path,
+            cure="use the model's own tokenizer: `data.tokenizer: {type: model}`",
+        )
 
 
 @contextmanager

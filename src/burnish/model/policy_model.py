@@ -39,7 +39,7 @@ class PolicyModel(nn.Module):
         ModelError: it is not a backbone followed by one linear head.
     """
 
-    def __init__(self, causal_lm: Any, *, projection_chunk: int = 512, pad_vocab_to: int = 1) -> None:
+    def __init__(self, causal_lm: Any, *, projection_chunk: int = 256, pad_vocab_to: int = 1) -> None:
         super().__init__()
         self.base_name, self.head_name = _children(causal_lm)
         self.add_module(self.base_name, getattr(causal_lm, self.base_name))
@@ -59,7 +59,7 @@ class PolicyModel(nn.Module):
 
     @classmethod
     def from_hf(
-        cls, causal_lm: Any, *, attention: str = "auto", projection_chunk: int = 512, pad_vocab_to: int = 1
+        cls, causal_lm: Any, *, attention: str = "auto", projection_chunk: int = 256, pad_vocab_to: int = 1
     ) -> PolicyModel:
         """The policy over a transformers model that is already in memory, attending within documents only.
 

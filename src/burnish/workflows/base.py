@@ -97,8 +97,10 @@ class Run:
             try:
                 blocks = self.stream.take(self.blocks_per_step)
             except UserError:
-                # The row that cannot be used is reached only now: what was learned before it is kept.
-                self.save(wait=True)
+                # The row that cannot be used is reached only now: what was learned before it is kept. Before the first
+                # step that is nothing, and a checkpoint would only hold the person to a recipe that has to change.
+                if self.step > 0:
+                    self.save(wait=True)
                 raise
             if not blocks:
                 break

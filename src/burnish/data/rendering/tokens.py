@@ -111,7 +111,7 @@ class SpanTokenizer:
 
 
 def _byte_edges(text: str, spans: Sequence[Span], base: int, ascii_only: bool) -> list[int]:
-    """Characters to bytes, counted from `base`: `[(1, 3)]` of `\u00e4bc` is `[2, 4]`."""
+    """Characters to bytes, counted from `base`: where the first character takes two bytes, `[(1, 3)]` is `[2, 4]`."""
     edges = [base + edge for span in spans for edge in span]
     if ascii_only:
         return edges

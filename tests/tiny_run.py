@@ -11,7 +11,23 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-WORDS = "red green blue one two three four cat dog bird sun moon tree river stone paper light dark warm cold".split()
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "one",
+    "two",
+    "three",
+    "four",
+    "cat",
+    "dog",
+    "bird",
+    "sun",
+    "moon",
+    "tree",
+    "river",
+    "stone",
+]
 
 
 def conversations(count: int, seed: int = 0) -> list[dict[str, Any]]:

@@ -194,11 +194,11 @@ def _users_class(base: type[C], name: str) -> type[C]:
     module_name, _, class_name = name.partition(":")
     try:
         found = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # the module is the user's, and half written as often as not: a SyntaxError, a NameError
         raise PydanticCustomError(
             "component",
-            "cannot import '{name}': {error}; a module beside the recipe or in the current folder is found",
-            {"name": name, "error": str(error)},
+            "cannot import '{name}': {kind}: {error}; a module beside the recipe or in the current folder is found",
+            {"name": name, "kind": type(error).__name__, "error": str(error)},
         ) from error
     if not (isinstance(found, type) and issubclass(found, base)):
         raise PydanticCustomError(

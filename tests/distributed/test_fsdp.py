@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
-from tests.policy_model_helpers import largest_difference, pack, random_documents
-from tests.tiny_models import tiny_model
 from torch import Tensor
 
 from burnish.mesh import open_mesh
@@ -18,6 +16,8 @@ from burnish.model.adapters.lora import LoRA
 from burnish.model.parallel import fsdp_modules, recompute_layers, shard, whole
 from burnish.model.policy_model import PolicyModel
 from burnish.model.precision import keep_masters
+from tests.policy_model_helpers import largest_difference, pack, random_documents
+from tests.tiny_models import tiny_model
 
 ROWS = [random_documents([11, 6, 3], 100, seed=0), random_documents([13, 9], 100, seed=1)]
 CASES = {

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.attention_helpers import layout, reference_attention, side_by_side
 
 from burnish.errors import ModelError
 from burnish.model.attention import document_attention
+from tests.attention_helpers import layout, reference_attention, side_by_side
 
 pytestmark = [
     pytest.mark.gpu,

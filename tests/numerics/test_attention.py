@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.attention_helpers import SHARED_PREFIX, layout, reference_attention, side_by_side, visible_mask
 from torch._dynamo.utils import counters
 from torch.autograd import gradcheck
 from torch.utils.flop_counter import FlopCounterMode
@@ -12,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from burnish.errors import ModelError
 from burnish.model.attention import document_attention, visible_pairs
 from burnish.model.kernels import flex, varlen
+from tests.attention_helpers import SHARED_PREFIX, layout, reference_attention, side_by_side, visible_mask
 
 OPTIONS = [
     {},

@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from tests.policy_model_helpers import gradients, largest_difference, packed_loss, plain_loss, random_documents
-from tests.tiny_models import tiny_model
 
 from burnish.model.config import Compile
 from burnish.model.parallel import compile_layers, recompute_layers
 from burnish.model.policy_model import PolicyModel
+from tests.policy_model_helpers import gradients, largest_difference, packed_loss, plain_loss, random_documents
+from tests.tiny_models import tiny_model
 
 
 # Dynamo asks every tensor for `.grad` and hides the warning by itself, but not from a filter that makes it an error.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.attention_helpers import layout, side_by_side
-from tests.tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
 from torch import Tensor
 from torch._dynamo.utils import counters
 
 from burnish.errors import ModelError
 from burnish.model.attention import register
+from tests.attention_helpers import layout, side_by_side
+from tests.tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
 
 register()
 

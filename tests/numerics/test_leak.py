@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.tiny_models import FAMILIES, tiny_model
 
 from burnish.mesh import open_mesh
 from burnish.model.leak import packing_leaks
 from burnish.model.parallel import shard
 from burnish.model.policy_model import PolicyModel
+from tests.tiny_models import FAMILIES, tiny_model
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -40,6 +40,22 @@ def test_positions_that_do_not_restart_are_found():
     forward = model.backbone.forward
     model.backbone.forward = lambda token_ids, *, position_ids, **options: forward(token_ids, **options)
     assert "from its own alone" in (packing_leaks(model) or "")
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "factor": 4.0},
+        {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 4, "long_factor": [8.0] * 4},
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_a_long_document_that_turns_the_positions_of_its_neighbours_is_found(rope):
+    """Trained on 32 positions: up to there every document keeps its own."""
+    rope |= {"rope_theta": 10000.0, "original_max_position_embeddings": 32}
+    model = PolicyModel.from_hf(tiny_model("llama", max_position_embeddings=32, rope_parameters=rope))
+    assert packing_leaks(model, 32) is None
+    assert "from its own alone" in (packing_leaks(model, 64) or "")
 
 
 @pytest.mark.parametrize(("family", "leaks"), [("llama", False), ("qwen3_moe", False), ("lfm2", True)])

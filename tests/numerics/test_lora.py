@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.policy_model_helpers import gradients, largest_difference, pack, packed_loss, plain_loss, random_documents
-from tests.tiny_models import FAMILIES, tiny_model
 
 from burnish.errors import ModelError
 from burnish.model.adapters.lora import LoRA
 from burnish.model.parallel import recompute_layers
 from burnish.model.policy_model import PolicyModel
+from tests.policy_model_helpers import gradients, largest_difference, pack, packed_loss, plain_loss, random_documents
+from tests.tiny_models import FAMILIES, tiny_model
 
 DOCUMENTS = random_documents([11, 6, 3], 96)
 

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 import trl
-from tests.chat_helpers import assistant, byte_level, user
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from burnish.data.rendering.locate import Anchors, Refused, Turn, as_parts, locate
 from burnish.data.rendering.probe import learn, report
 from burnish.data.rendering.template import TAG_CLOSE, TAG_OPEN, ChatTemplate, take_marks
 from burnish.data.rendering.tokens import SpanTokenizer
+from tests.chat_helpers import assistant, byte_level, user
 
 SOURCES = {
     path.stem: path.read_text("utf-8") for path in (Path(trl.__file__).parent / "chat_templates").glob("*.jinja")

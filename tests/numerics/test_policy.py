@@ -7,8 +7,6 @@ from typing import ClassVar, Literal
 
 import pytest
 import torch
-from tests.policy_model_helpers import largest_difference, pack, plain_loss, random_documents
-from tests.tiny_models import VOCAB_SIZE, tiny_model
 from torch import Tensor
 
 from burnish.errors import ResumeError
@@ -22,6 +20,8 @@ from burnish.model.policy_model import PolicyModel
 from burnish.policy.optimizers.adamw import AdamW
 from burnish.policy.policy import Policy, Update
 from burnish.types import Block, LossOutput, TokenOutputs
+from tests.policy_model_helpers import largest_difference, pack, plain_loss, random_documents
+from tests.tiny_models import VOCAB_SIZE, tiny_model
 
 LENGTHS = [9, 4, 2, 12, 5, 3, 7]
 DOCUMENTS = random_documents(LENGTHS, VOCAB_SIZE)
@@ -137,6 +137,27 @@ def test_a_step_is_clipped_to_the_norm_and_scaled_by_its_group(mesh: Mesh) -> No
         for name, after in parameters(descent).items():
             torch.testing.assert_close(after, before[name] - factor * gradient[name], rtol=1e-6, atol=1e-7)
         assert not gradients(descent)
+
+
+class WeightedMean(NLL):
+    """Divided by the weights of its tokens, whatever they add up to."""
+
+    type: str = "weighted_mean"  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def count(self, block: Block) -> Tensor:
+        return self.coefficients(block).sum()
+
+
+def test_a_count_below_one_is_divided_by(mesh: Mesh) -> None:
+    plain, weighted = policy(mesh), policy(mesh)
+    rows = blocks()
+    for row in rows:
+        row.columns["weight"] = torch.full((4,), 2.0**-10)
+    plain.forward_backward(blocks(), NLL())
+    _, count = weighted.forward_backward(rows, WeightedMean())["loss"]
+    assert count == TRAINED * 2.0**-10 < 1
+    difference, name = largest_difference(gradients(weighted), gradients(plain))
+    assert difference < 1e-6, name
 
 
 class NotFinite(Loss):

@@ -6,14 +6,14 @@ import copy
 
 import pytest
 import torch
-from tests.policy_model_helpers import gradients, largest_difference, pack, packed_loss, plain_loss, random_documents
-from tests.tiny_models import FAMILIES, tiny_model
 
 from burnish.errors import ModelError
 from burnish.mesh import open_mesh
 from burnish.model.parallel import fsdp_modules, recompute_layers, shard
 from burnish.model.policy_model import PolicyModel, verify_head
 from burnish.model.precision import keep_masters
+from tests.policy_model_helpers import gradients, largest_difference, pack, packed_loss, plain_loss, random_documents
+from tests.tiny_models import FAMILIES, tiny_model
 
 DOCUMENTS = random_documents([11, 6, 3], 96)
 
@@ -95,8 +95,9 @@ def test_a_vocabulary_that_is_a_multiple_is_left_alone() -> None:
 
 @pytest.mark.parametrize("family", ["cohere", "granite"])
 def test_scaled_logits_are_honoured(family: str) -> None:
-    from tests.tiny_models import _COMMON
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    from tests.tiny_models import _COMMON
 
     scale = {"cohere": {"logit_scale": 0.25}, "granite": {"logits_scaling": 4.0}}[family]
     torch.manual_seed(0)
@@ -173,6 +174,35 @@ def test_bfloat16_trains_float32_masters_and_leaves_frozen_weights_alone() -> No
     theirs = {name: gradient for name, gradient in gradients(reference).items() if name in found}
     error, name = largest_difference(found, theirs)
     assert error < 0.1, name
+
+
+def test_a_forward_pass_without_a_backward_leaves_the_masters_in_place() -> None:
+    """An optimizer is opened, and a checkpoint taken, behind probes and evaluations."""
+    model = PolicyModel.from_hf(tiny_model("llama").bfloat16())
+    keep_masters(model)
+    with open_mesh("cpu") as mesh:
+        shard(model, mesh, torch.bfloat16)
+        before = [id(parameter) for _, parameter in model.trainable_parameters()]
+        for run in (model.logits, lambda block: model(block, needs=frozenset({"logprobs"}), reads=block.loss_mask)):
+            with torch.no_grad():
+                run(pack(DOCUMENTS, 24))
+            assert [id(parameter) for _, parameter in model.trainable_parameters()] == before
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_coefficients_stay_float32_in_a_bfloat16_model() -> None:
+    model = PolicyModel.from_hf(tiny_model("llama").bfloat16())
+    keep_masters(model)
+    block = pack(DOCUMENTS, 24)
+    with open_mesh("cpu") as mesh, torch.no_grad():
+        shard(model, mesh, torch.bfloat16)
+
+        def nll(coefficient: float) -> float:
+            coefficients = coefficient * block.loss_mask.float()
+            needs = frozenset({"weighted_nll"})
+            return model(block, needs=needs, reads=block.loss_mask, coefficients=coefficients).weighted_nll.item()
+
+        assert nll(0.3) / nll(1.0) == pytest.approx(0.3, rel=1e-6)  # 0.3 in bfloat16 is 0.30078
 
 
 def test_logits_are_those_of_each_document_alone() -> None:

@@ -8,8 +8,6 @@ from typing import ClassVar, Literal
 
 import pytest
 import torch
-from tests.policy_model_helpers import pack, random_documents
-from tests.tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from burnish.losses.base import Loss
@@ -21,6 +19,8 @@ from burnish.model.policy_model import PolicyModel
 from burnish.policy.policy import Policy
 from burnish.policy.throughput import Throughput, _listed_peak, peak_flops
 from burnish.types import Block, LossOutput, TokenOutputs
+from tests.policy_model_helpers import pack, random_documents
+from tests.tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
 
 LENGTHS = [9, 4, 2, 12]
 DOCUMENTS = random_documents(LENGTHS, VOCAB_SIZE)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tests.chat_helpers import CHATML, assistant, byte_level, mask_of, refusal_of, render_one, row, shown, user
 
 from burnish.data.renderers.chat import Chat
 from burnish.errors import DataError
 from burnish.types import Row
+from tests.chat_helpers import CHATML, assistant, byte_level, mask_of, refusal_of, render_one, row, shown, user
 
 THINKING = """\
 {%- set ns = namespace(last=-1) %}

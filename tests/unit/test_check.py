@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests import tiny_run
 
 from burnish import cli
 from burnish.commands import _sizes
 from burnish.recipe import Recipe
+from tests import tiny_run
 
 
 @pytest.fixture
@@ -62,6 +62,8 @@ def test_masks_are_counted_on_the_rows_asked_for(tmp_path, capsys, blocks):
     [few] = lines(check(tmp_path, capsys, blocks, "-n", "2"), "ok", "masks")
     [all_] = lines(check(tmp_path, capsys, blocks, "--all"), "ok", "masks")
     assert few.startswith("data.train.0: the first 2 rows") and all_.startswith("data.train.0: all 5 rows")
+    dropped = check(tmp_path, capsys, blocks, "-n", "3", "data.max_length=5", "data.packing={type: none}")
+    assert any(line.startswith("data.train.0: the first 3 rows") for line in lines(dropped, "refused", "masks"))
     # <|im_start|> user \n red <|im_end|> \n and the same of the assistant, where `red <|im_end|>` is trained.
     tokens = len(_ids(blocks, "<|im_start|>user\nred<|im_end|>\n<|im_start|>assistant\nred<|im_end|>\n"))
     trained = len(_ids(blocks, "red<|im_end|>"))
@@ -116,7 +118,7 @@ def test_everything_that_can_be_known_is_told_at_once(tmp_path, capsys, blocks):
     report = check(tmp_path, capsys, blocks)
     refused = lines(report, "refused")
     assert report["code"] == 2
-    assert [part for part in ("nowhere.jsonl", "nor-here.jsonl") if any(part in line for line in refused)]
+    assert all(any(part in line for line in refused) for part in ("nowhere.jsonl", "nor-here.jsonl"))
     assert {f["stage"] for f in report["findings"] if f["verdict"] == "refused"} == {"files", "model", "tokenizer"}
 
 
@@ -151,9 +153,15 @@ def test_a_run_folder_of_another_recipe_is_refused(tmp_path, capsys, blocks):
     (tmp_path / "run").mkdir()
     saved = Recipe.model_validate(blocks).resolved()
     (tmp_path / "run" / "recipe.json").write_text(json.dumps(saved))
+    assert lines(check(tmp_path, capsys, blocks, "seed=7"), "ok", "run") == [f"{tmp_path / 'run'}: a new run"]
+    (tmp_path / "run" / "checkpoint-2").mkdir()
+    (tmp_path / "run" / "checkpoint-2" / "manifest.json").touch()
     assert "goes on where it was left" in lines(check(tmp_path, capsys, blocks), "ok", "run")[0]
     [refused] = lines(check(tmp_path, capsys, blocks, "seed=7", "stop_after=3"), "refused")
     assert refused.endswith("holds a run of another recipe: seed: 0 -> 7")
+    (tmp_path / "run" / "recipe.json").write_text('{"seed": ')
+    [refused] = lines(check(tmp_path, capsys, blocks), "refused")
+    assert "the recipe that the checkpoints here belong to cannot be read" in refused
 
 
 def test_schema_errors_are_findings_too(tmp_path, capsys, blocks):
@@ -209,3 +217,6 @@ def test_estimates_are_their_formulas(blocks, tiny_model):
     assert parts["projection"][0] == 320 * 4 * (2 * 128 + 48)
     # Two kept checkpoints and the one being written, each weights and two moments; and the export.
     assert _sizes.disk_bytes(recipe, count) == 3 * 12 * 57_072 + 4 * 57_072
+    # Of an adapter no more than its own weights is ever written.
+    adapted = Recipe.model_validate(blocks | {"model": blocks["model"] | {"adapter": {"type": "lora"}}})
+    assert _sizes.disk_bytes(adapted, _sizes.NumParameters(all=58_072, trained=1_000)) == (3 * 12 + 4) * 1_000

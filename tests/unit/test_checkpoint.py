@@ -9,11 +9,11 @@ import zlib
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.checkpoint_helpers import RUN, MemoryDisk, assert_is_step, tensors_of
 
 from burnish.errors import ResumeError
 from burnish.policy.checkpoint import Checkpointer, Saved, SaveFailed, Storage, load_latest
 from burnish.policy.checkpoint.manifest import encode_header, encode_manifest, tensor_bytes
+from tests.checkpoint_helpers import RUN, MemoryDisk, assert_is_step, tensors_of
 
 BIT_EXACT = torch.tensor([0.1, -0.0, float("nan"), float("inf"), 1e-45])
 
@@ -89,7 +89,8 @@ def test_a_manifest_by_hand_with_two_shards_reads_as_one_tensor(tmp_path):
     assert loaded is not None and torch.equal(loaded.tensors["model"]["weight"], weight)
 
 
-def test_a_newer_format_is_refused_by_name(tmp_path):
+def test_a_newer_format_is_refused_by_name_and_not_passed_over(tmp_path):
+    Checkpointer(tmp_path, keep=1).save(3, tensors_of(3), {}, wait=True)
     (tmp_path / "checkpoint-4").mkdir()
     (tmp_path / "checkpoint-4" / "manifest.json").write_bytes(encode_manifest({"format": 2, "step": 4}))
     with pytest.raises(ResumeError, match=r"checkpoint-4: manifest\.json: format 2; this version of Burnish reads"):

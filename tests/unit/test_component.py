@@ -48,6 +48,7 @@ def holder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     for name, text in files.items():
         (folder / f"{name}.py").write_text(text)
     (tmp_path / "my_shapes.py").write_text(OWN)
+    (tmp_path / "half_written.py").write_text("class Star(:")
     monkeypatch.syspath_prepend(tmp_path)
     from shapes.base import Shape  # pyright: ignore[reportMissingImports]
 
@@ -119,6 +120,8 @@ def test_a_users_class_is_validated_strictly(holder):
     [
         ("my_shapes:Stern", "cannot import 'my_shapes:Stern'"),
         ("no_such_module:Star", "cannot import 'no_such_module:Star'"),
+        ("half_written:Star", "cannot import 'half_written:Star': SyntaxError: "),
+        (".my_shapes:Star", "cannot import '.my_shapes:Star': TypeError: "),
         ("my_shapes:NotAShape", "is not a subclass of shapes.base.Shape"),
     ],
 )

@@ -5,6 +5,8 @@ import json
 import os
 import pty
 import re
+import subprocess
+import sys
 
 from burnish.launch.console import Console, summary
 
@@ -62,6 +64,24 @@ def test_a_progress_bar_on_a_terminal():
     assert "a [note] in brackets" in shown
     assert "step 1/2" in shown and "\x1b[" in shown, "drawn over and over, not line by line"
     assert "step 2/2  loss 1.5000  eval_loss 1.2500" in shown, "an evaluation stays on the screen"
+
+
+def test_a_run_outlives_whoever_watches_it():
+    """As `burnish train r.yaml | head -1` and a log on a full disk: neither the run nor its exit code may suffer."""
+    code = (
+        "import sys, time\n"
+        "from burnish.launch.console import Console\n"
+        "console = Console(3, every_seconds=0.0)\n"
+        "for step in (1, 2, 3): console.step(step, {'loss': 1.0})\n"
+        "console.note('done'), console.close(), sys.stdout.flush()\n"
+        "print('went on', file=sys.stderr)\n"
+    )
+    leader, follower = os.pipe()
+    os.close(leader)
+    with open("/dev/full", "w") as full, open(follower, "w") as closed_pipe:
+        for output in (full, closed_pipe):
+            done = subprocess.run([sys.executable, "-c", code], stdout=output, stderr=subprocess.PIPE, timeout=60)
+            assert (done.returncode, done.stderr) == (0, b"went on\n")
 
 
 def test_summary_shows_the_well_known_in_a_fixed_order():

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests import tiny_run
 
 from burnish.cli import main
+from tests import tiny_run
 
 
 def chat(question: str, answer: str) -> dict[str, Any]:
@@ -117,6 +117,25 @@ def test_trained_tokens_are_coloured_on_a_terminal(
     shown = capsys.readouterr().out
     assert "\x1b[1;32mred<|im_end|>\x1b[0m" in shown
     assert "[[" not in shown
+
+
+def test_what_was_dropped_from_the_eval_rows_is_in_the_ledger(recipe: Path, capsys: pytest.CaptureFixture[str]):
+    sources = f"data.eval=[{{type: jsonl, path: {recipe.parent}/{{}}.jsonl}}, {{type: jsonl, path: {recipe.parent}/{{}}.jsonl}}]"
+    changes = [sources.replace("{}", "eval", 1).replace("{}", "train", 1), "data.max_length=30", "data.over_length=drop"]
+    *samples, last = lines(capsys, str(recipe), *changes, "--split", "eval", "-n", "100")
+    names = [Path(sample["source"]).name for sample in samples]
+    assert "train.jsonl:2" in names and "train.jsonl:3" not in names
+    counts = {name: (part["samples"], part["dropped"]) for name, part in last["ledger"]["sources"].items()}
+    assert counts["data.eval.1"] == (3, 3 - sum(name.startswith("train") for name in names))
+    assert last["ledger"]["tokens"]["dropped: longer than max_length"] > 30
+
+
+@pytest.mark.parametrize("number", ["-1", "0", "2.5"])
+def test_a_number_of_samples_is_at_least_one(recipe: Path, capsys: pytest.CaptureFixture[str], number: str):
+    with pytest.raises(SystemExit) as ended:
+        main(["data", str(recipe), "-n", number])
+    assert ended.value.code == 2
+    assert f"'{number}' is not a whole number from 1 on" in capsys.readouterr().err
 
 
 def test_a_refused_row_comes_after_what_was_good(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

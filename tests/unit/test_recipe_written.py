@@ -46,11 +46,17 @@ num_steps: 3
         ("2026-01-31", "2026-01-31"),
         ("12:30:45", "12:30:45"),
         ("1.2.3", "1.2.3"),
+        (r'"\ud83d\ude00"', "\U0001f600"),  # as JSON, and so every recipe.json, writes it
     ],
 )
 def test_scalars_mean_what_yaml_1_2_says(text, value):
     read_value = Written(f"key: {text}", "r.yaml").data["key"]
     assert (read_value, type(read_value)) == (value, type(value))
+
+
+def test_half_a_character_is_refused():
+    written = Written(r'key: "\ud83d"', "r.yaml")
+    assert [str(problem) for problem in written.problems] == [r"r.yaml:1: key: cannot read '\ud83d' as str"]
 
 
 def test_every_key_has_its_line():

@@ -78,6 +78,16 @@ def test_checkpoints_without_a_readable_recipe_are_refused(tmp_path, text):
         folder.recipe()
 
 
+def test_a_new_run_does_not_take_the_export_of_another_for_its_own(tmp_path):
+    (tmp_path / "model").mkdir()
+    with open_run_folder(tmp_path) as folder:
+        with pytest.raises(ResumeError, match=r"model: there is the export of a finished run, but no checkpoint"):
+            folder.recipe()
+        with_a_checkpoint(tmp_path)
+        folder.write_recipe({"seed": 1})
+        assert folder.recipe() == {"seed": 1}
+
+
 def test_events_are_appended_over_restarts(tmp_path):
     with open_run_folder(tmp_path) as folder:
         folder.event("checkpoint_failed", step=20, reason="No space left on device")

@@ -201,7 +201,7 @@ def test_huggingface_refusals(saved: Path, tmp_path: Path):
 def test_an_unreachable_hub_is_refused_at_once(monkeypatch: pytest.MonkeyPatch):
     from huggingface_hub import constants
 
-    from burnish.data.hub import reachable
+    from burnish.hub import reachable
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     reachable.cache_clear()

@@ -10,6 +10,13 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
+
+from burnish.data.feed import WINDOW, Cursor, ShardFeed
+from burnish.data.ledger import Ledger
+from burnish.data.prefetch import Prefetch
+from burnish.data.stream import Stream, eval_blocks, merge_states, open_stream
+from burnish.errors import DataError, ResumeError, RunFailed
+from burnish.types import Block
 from tests.stream_helpers import (
     BAD_JSON,
     REFUSED,
@@ -20,13 +27,6 @@ from tests.stream_helpers import (
     data_config,
     same,
 )
-
-from burnish.data.feed import WINDOW, Cursor, ShardFeed
-from burnish.data.ledger import Ledger
-from burnish.data.prefetch import Prefetch
-from burnish.data.stream import Stream, eval_blocks, merge_states, open_stream
-from burnish.errors import DataError, ResumeError, RunFailed
-from burnish.types import Block
 
 
 def lengths(count: int, seed: int = 0, longest: int = 30) -> tuple[int, ...]:
@@ -327,6 +327,29 @@ def test_streamed_shards_give_every_row_once_an_epoch() -> None:
     assert max(orders[0, 0][: 2 * WINDOW // 2]) < 2 * WINDOW <= min(orders[0, 0][WINDOW:])
 
 
+def test_lanes_that_change_windows_together_read_every_row_once() -> None:
+    """8 lanes in turn, as a stream asks them: after two windows each, no shard was begun a second time."""
+
+    class Counted(ListShards):
+        begun = 0
+
+        def read(self, shard: int, start: int) -> Iterator[Row]:
+            self.begun += 1
+            return super().read(shard, start)
+
+    shards = Counted(((5,) * (3 * WINDOW),) * 8, "s")
+    feed, cursors = ShardFeed(0, shards, seed=0, shuffle=True, lanes=8), [Cursor()] * 8
+    for _ in range(2 * WINDOW // 100 + 1):
+        for lane in range(8):
+            refs = []
+            for _ in range(100):
+                ref, cursors[lane] = feed.next(0, lane, cursors[lane])
+                refs.append(ref)
+            feed.fetch(refs)
+    assert {cursor.window for cursor in cursors} == {2}
+    assert shards.begun == 8
+
+
 def test_a_bad_row_of_a_shard_keeps_its_place() -> None:
     feed = ShardFeed(0, ListShards(((3, 4, BAD_JSON, 6, 7),), "s"), seed=0, shuffle=False, lanes=1)
     cursor, refs = Cursor(), []
@@ -370,12 +393,16 @@ def test_other_data_than_the_checkpoint_saw_are_refused() -> None:
     state = stream.state()
     stream.close()
     more = open_stream(data_config(Lengths(lengths=lengths(51))), LengthRenderer(), seed=0, num_epochs=1)
-    with pytest.raises(ResumeError, match="51 rows now, 50 when the run was saved"):
+    with pytest.raises(ResumeError, match="51 rows now, 50 rows when the run was saved"):
         more.load(state)
     spoilt = open_stream(data_config(Lengths(lengths=(REFUSED,) * 50)), LengthRenderer(), seed=0, num_epochs=1)
     spoilt.load(state)
     with pytest.raises(ResumeError, match="used before the checkpoint"):
         spoilt.take(1)
+    sharded = open_stream(data_config(SHARDS), LengthRenderer(), seed=0, num_epochs=None)
+    fewer = ShardLengths(shards=SHARDS.shards[:-1])
+    with pytest.raises(ResumeError, match=f"{len(SHARDS.shards) - 1} shards now, {len(SHARDS.shards)} shards when"):
+        open_stream(data_config(fewer), LengthRenderer(), seed=0, num_epochs=None).load(sharded.state())
 
 
 def test_evaluation_goes_through_every_row_once_in_order() -> None:
@@ -437,6 +464,19 @@ def test_waiting_has_a_deadline_that_says_for_what() -> None:
     release.set()
     assert prefetch.get() == 1 and prefetch.get() is None
     prefetch.close()
+
+
+def test_a_whole_step_is_made_ahead_whatever_prefetch_says() -> None:
+    """Rows of one document: 200 are taken, and 200 more must have been rendered before anyone asks."""
+    data = data_config(Lengths(lengths=(5,) * 2000), packing={"type": "none", "lanes": 1}, prefetch=1)
+    renderer = LengthRenderer()
+    stream = open_stream(data, renderer, seed=0, num_epochs=None)
+    assert len(stream.take(200)) == 200
+    deadline = time.monotonic() + 10
+    while renderer.rendered < 600 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    stream.close()
+    assert renderer.rendered >= 600  # prefetch: 1 stops at 16 + 32 + 64 + 128 and the 128 begun then, 368
 
 
 def test_waiting_is_measured() -> None:

@@ -7,11 +7,11 @@ import resource
 import time
 
 import pytest
-from tests.chat_helpers import CHATML, assistant, byte_level, mask_of, refusal_of, row, user
 
 from burnish.data.renderers.chat import Chat
 from burnish.data.rendering.template import TAG_CLOSE, TAG_OPEN, ChatTemplate, mark, take_marks
 from burnish.errors import DataError
+from tests.chat_helpers import CHATML, assistant, byte_level, mask_of, refusal_of, row, user
 
 SPIN = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 ATTACKS = {

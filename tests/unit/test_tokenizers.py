@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
-from tests import tiny_run
 
-from burnish.data.hub import reachable
 from burnish.data.tokenizers.model import ModelTokenizer
 from burnish.data.tokenizers.pretrained import Pretrained
 from burnish.errors import ModelError
+from burnish.hub import reachable
+from tests import tiny_run
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

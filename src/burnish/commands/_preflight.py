@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from burnish.errors import DataError, UserError
+from burnish.launch.run_folder import saved_recipe
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -100,11 +100,15 @@ class Preflight:
     def run_folder(self) -> Iterator[Finding]:
         """Whether the run folder is free, or holds a run that this recipe may go on with."""
         folder = Path(self.recipe.run_dir)
-        saved = folder / "recipe.json"
-        if not (saved.is_file() and any(folder.glob("checkpoint-*/manifest.json"))):
+        try:
+            saved = saved_recipe(folder)
+        except UserError as error:
+            yield Finding.refusal("run", error)
+            return
+        if saved is None:
             yield Finding("run", "ok", f"{folder}: a new run")
             return
-        changed = self.recipe.changed_fixed_fields(json.loads(saved.read_text(encoding="utf-8")))
+        changed = self.recipe.changed_fixed_fields(saved)
         if changed:
             cure = "undo the change to go on with that run, or give another run_dir"
             yield Finding("run", "refused", f"{folder} holds a run of another recipe: {'; '.join(changed)}", cure)
@@ -164,7 +168,7 @@ class Preflight:
         yield from _template(renderer)
         for name, table in self.tables.items():
             seen = self.seen[name] = self._render(table, renderer)
-            whole = _is_table(table) and seen.num_rows + len(seen.refusals) >= len(table)
+            whole = self.num_rows is None or (_is_table(table) and len(table) <= self.num_rows)
             yield self._shares(name, seen, whole=whole)
             for error in seen.refusals[:MAX_REFUSALS]:
                 yield Finding.refusal("masks", error)

@@ -86,9 +86,11 @@ def adapter_parameters(module: nn.Module, r: int, target_modules: str | Sequence
 
 
 def disk_bytes(recipe: Recipe, num_parameters: NumParameters) -> int:
-    """Checkpoints (`keep` and the one being written: trained weights and two moments) and the export."""
+    """Checkpoints (`keep` and the one being written: trained weights and two moments) and the export, which is the
+    adapter alone where one is trained."""
     checkpoint = 3 * MASTER_BYTES * num_parameters.trained
-    return (recipe.checkpoint.keep + 1) * checkpoint + DTYPE_BYTES[recipe.model.dtype] * num_parameters.all
+    size = DTYPE_BYTES[recipe.model.dtype] if recipe.model.adapter is None else MASTER_BYTES
+    return (recipe.checkpoint.keep + 1) * checkpoint + size * num_parameters.trained
 
 
 def memory_bytes(recipe: Recipe, hf_config: PretrainedConfig, count: NumParameters) -> dict[str, tuple[int, str]]:

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from burnish.commands._arguments import count
+
 if TYPE_CHECKING:
     from burnish.commands._preflight import Finding
 
@@ -18,7 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", metavar="key.path=value", nargs="*", default=[], help="changes to the recipe; values are YAML"
     )
-    parser.add_argument("-n", "--rows", type=int, default=64, help="rows of each source that are rendered (default 64)")
+    parser.add_argument(
+        "-n", "--rows", type=count, default=64, help="rows of each source that are rendered (default 64)"
+    )
     parser.add_argument("--all", action="store_true", help="render every row: nothing is refused in mid-run")
     parser.add_argument("--schema", action="store_true", help="print the JSON Schema of a recipe, for editors")
     parser.add_argument("--json", action="store_true", help="the report as JSON")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from itertools import chain, groupby, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from burnish.commands._arguments import count
 from burnish.errors import DataError
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from burnish.data.config import DataConfig
     from burnish.data.ledger import Ledger
-    from burnish.data.renderers.base import LiveRenderer
     from burnish.types import Block
 
 
@@ -27,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What a person can type after `burnish data`."""
     parser.add_argument("recipe", metavar="RECIPE|RUN", help="a YAML file, or a run folder")
     parser.add_argument("overrides", metavar="key.path=value", nargs="*", help="changes to the recipe; values are YAML")
-    parser.add_argument("-n", type=int, default=3, metavar="N", help="samples to show, in training order (default 3)")
+    parser.add_argument("-n", type=count, default=3, metavar="N", help="samples to show, in training order (default 3)")
     parser.add_argument("--split", choices=("train", "eval"), default="train")
     parser.add_argument(
         "--format",
@@ -39,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Shows samples one by one, then the ledger of the packed rows they came from, even where a row was refused."""
-    from burnish.data.stream import open_stream
+    from burnish.data.stream import eval_blocks, open_stream
     from burnish.recipe import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
@@ -49,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         if args.split == "eval":
             ledger = _eval_ledger(recipe.data)
-            blocks, report = _eval_blocks(recipe.data, renderer, ledger), ledger.report
+            blocks, report = eval_blocks(recipe.data, renderer, ledger), ledger.report
         else:
             opened = open_stream(recipe.data, renderer, seed=recipe.seed, num_epochs=recipe.num_epochs)
             stream = stack.enter_context(closing(opened))
@@ -66,20 +65,8 @@ def _eval_ledger(data: DataConfig) -> Ledger:
 
     if not data.eval:
         raise DataError("the recipe has no eval data", where="data.eval", cure="`eval: [{type: jsonl, path: ...}]`")
-    return Ledger(["data.eval"], data.packing.tokens_per_row(data.max_length))
-
-
-def _eval_blocks(data: DataConfig, renderer: LiveRenderer, ledger: Ledger) -> Iterator[Block]:
-    from burnish.data.ledger import Seen
-    from burnish.data.stream import eval_blocks
-
-    for block in eval_blocks(data, renderer):
-        for document in documents(iter([block])):
-            trained = sum(document.loss_mask)
-            fates = Counter(trained=trained, masked=len(document.loss_mask) - trained)
-            ledger.count([Seen(0, fates, dropped=False)])
-        ledger.count_block(int((block.document_ids >= 0).sum()))
-        yield block
+    names = [f"data.eval.{source}" for source in range(len(data.eval))]
+    return Ledger(names, data.packing.tokens_per_row(data.max_length))
 
 
 class Document(NamedTuple):

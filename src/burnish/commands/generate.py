@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 
+from burnish.commands._arguments import count
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What a person can type after `burnish generate`."""
     parser.add_argument("model", metavar="MODEL|RUN", help="a run folder, a model folder or a hub id")
     parser.add_argument("prompt", help="what the user says")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--max-new-tokens", type=count, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) takes the likeliest token")
     parser.add_argument("--seed", type=int, default=0)
 

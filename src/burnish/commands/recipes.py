@@ -58,6 +58,8 @@ def _copy(args: argparse.Namespace) -> int:
     to = args.to / files[args.name].name if args.to.is_dir() else args.to
     if to.exists():
         raise UserError("exists already", where=str(to), cure="give another name as TO")
+    if not to.parent.is_dir():
+        raise UserError("no such folder", where=str(to.parent), cure="make it first, or give another TO")
     shutil.copyfile(files[args.name], to)
     print(to)
     return 0

@@ -38,4 +38,4 @@ class DataConfig(Config):
     shuffle: bool = True
     """Draw rows in a new random order each epoch, a function of the seed; false: in file order."""
     prefetch: Annotated[int, Ge(1), Free()] = 8
-    """Packed rows made ahead of the training step, by a background thread."""
+    """Packed rows made ahead of the training step, by a background thread; never fewer than a step takes."""

@@ -51,6 +51,8 @@ class TableFeed:
     def __init__(self, source: int, table: RowTable, seed: int, shuffle: bool) -> None:
         self._source, self._table, self._seed, self._shuffle = source, table, seed, shuffle
         self.num_rows = len(table)
+        self.extent = f"{self.num_rows} rows"
+        """What a resumed run must find again."""
 
     def next(self, ordinal: int, lane: int, cursor: Cursor) -> tuple[Ref, Cursor]:
         """The `ordinal`-th sample of the run from this source; nothing depends on the lane."""
@@ -76,9 +78,11 @@ class ShardFeed:
 
     def __init__(self, source: int, shards: RowShards, seed: int, shuffle: bool, lanes: int) -> None:
         self._source, self._shards, self._seed, self._shuffle, self._lanes = source, shards, seed, shuffle, lanes
+        self.extent = f"{shards.num_shards} shards"
         self._windows: OrderedDict[tuple[int, int], list[Row | DataError]] = OrderedDict()
-        # A lane that enters a new window still fetches from the one before.
-        self._max_windows = min(lanes, shards.num_shards) + 2
+        # A lane that enters a new window still fetches from the one before, and lanes move on at about the same time:
+        # with room for 10 windows, 8 lanes dropped what the next one needed, and read 2.3 rows for each one used.
+        self._max_windows = 2 * min(lanes, shards.num_shards) + 2
         self._readers: dict[int, tuple[int, Iterator[Row]]] = {}
 
     def next(self, ordinal: int, lane: int, cursor: Cursor) -> tuple[Ref, Cursor]:

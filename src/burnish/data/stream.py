@@ -118,7 +118,7 @@ class Stream:
             "tail": self._tail,
             "samples": self._samples,
             "over": self._over,
-            "rows": [feed.num_rows for feed in self._kitchen.feeds],
+            "extents": [feed.extent for feed in self._kitchen.feeds],
             "lanes": {str(lane): state for lane, state in self._states.items()},
             "ledger": self._ledger.state(),
         }
@@ -127,13 +127,13 @@ class Stream:
         """Goes on behind what `state` had consumed; before the first take.
 
         Raises:
-            ResumeError: a source has another number of rows than it had.
+            ResumeError: a source has another number of rows, or of shards, than it had.
         """
         assert self._prefetch is None, "load after take"
-        for name, before, feed in zip(self._names, state["rows"], self._kitchen.feeds, strict=True):
-            if before != feed.num_rows:
+        for name, before, feed in zip(self._names, state["extents"], self._kitchen.feeds, strict=True):
+            if before != feed.extent:
                 raise ResumeError(
-                    f"{feed.num_rows} rows now, {before} when the run was saved",
+                    f"{feed.extent} now, {before} when the run was saved",
                     where=name,
                     cure="bring the data back as they were, or start a new run_dir",
                 )
@@ -164,7 +164,8 @@ class Stream:
         started = perf_counter()
         if self._prefetch is None:
             items = self._produce(self._blocks - self._tail, self._tail, dict(self._states))
-            size = self._data.prefetch * (self._world_size // self._stride)
+            # At least a whole step's rows: what is not made while a step computes, the next step waits for.
+            size = max(count, self._data.prefetch * (self._world_size // self._stride))
             self._prefetch = Prefetch(items, size, lambda: self._kitchen.doing)
         try:
             while len(self._ready) < count and (made := self._prefetch.get()) is not None:

@@ -5,9 +5,11 @@ Must not know where the metrics come from. rich is imported on a terminal only (
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Protocol, TextIO
 
 from burnish.launch.metrics_file import to_json
@@ -28,6 +30,9 @@ _SHOWN = {
 class Console:
     """The display of one run. Notes stand out from the steps and are always shown.
 
+    Never fails a run: once the output refuses a line (`burnish train r.yaml | head`, a log on a full disk, a terminal
+    that is gone), nothing more is shown.
+
     Args:
         total_steps: steps of the whole run; None where epochs say its length.
         json_lines: one JSON object a line, whatever the output is.
@@ -44,7 +49,8 @@ class Console:
         every_seconds: float = 2.0,
     ) -> None:
         to = sys.stdout if output is None else output
-        self._display: _Display
+        self._output = to
+        self._display: _Display | None
         if json_lines:
             self._display = _Json(to)
         elif to.isatty():
@@ -54,14 +60,31 @@ class Console:
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """A finished step, counted from 1; 0 is what was measured before the first."""
-        self._display.step(step, metrics)
+        if self._display is not None:
+            with self._silenced():
+                self._display.step(step, metrics)
 
     def note(self, text: str) -> None:
         """A sentence for the person who watches."""
-        self._display.note(text)
+        if self._display is not None:
+            with self._silenced():
+                self._display.note(text)
 
     def close(self) -> None:
-        self._display.close()
+        if self._display is not None:
+            with self._silenced():
+                self._display.close()
+
+    @contextlib.contextmanager
+    def _silenced(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            self._display = None
+            # What the stream still holds must go somewhere, or Python fails on it at exit and says so with code 120.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._output.fileno())
+            os.close(nowhere)
 
 
 class _Display(Protocol):

@@ -73,6 +73,8 @@ def build(recipe: Recipe, folder: RunFolder, renderer: LiveRenderer, console: Co
 
     stream = open_stream(recipe.data, renderer, seed=recipe.seed, num_epochs=recipe.num_epochs)
     stack.callback(stream.close)
+    for source in recipe.data.eval:
+        source.open()  # a missing file is refused now, not at the first evaluation
     mesh = stack.enter_context(open_mesh())
     policy = open_policy(recipe, mesh)
     checkpointer = Checkpointer(folder.path, keep=recipe.checkpoint.keep)
@@ -117,7 +119,7 @@ def open_policy(recipe: Recipe, mesh: Mesh) -> Policy:
 
     model = load_model(recipe.model, mesh, seed=recipe.seed)
     if recipe.data.packing.type != "none" or recipe.micro_batch_size > 1:
-        require_packable(model)
+        require_packable(model, recipe.data.max_length)
     optimizer = recipe.optimizer.open(model.trainable_parameters())
     torch.manual_seed(recipe.seed)  # dropout; everything else draws from generators of its own
     return Policy(

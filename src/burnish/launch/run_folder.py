@@ -38,22 +38,9 @@ class RunFolder:
     def recipe(self) -> dict[str, Any] | None:
         """The resolved recipe of the run to continue; None where there is nothing to continue: no checkpoint yet.
 
-        A run that ended before its first checkpoint may be started again with any recipe: nothing of it is used.
-
-        Raises:
-            ResumeError: there are checkpoints, but no readable recipe that says what they are of.
+        See `saved_recipe`.
         """
-        if not any(self.path.glob("checkpoint-*/manifest.json")):
-            return None
-        path = self.path / "recipe.json"
-        try:
-            return json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise ResumeError(
-                f"the recipe that the checkpoints here belong to cannot be read: {error}",
-                where=str(path),
-                cure="restore recipe.json from a copy, or start again with another run_dir",
-            ) from error
+        return saved_recipe(self.path)
 
     def write_recipe(self, resolved: Mapping[str, Any]) -> None:
         """Writes `recipe.json`: at the first start, and again when a resume changes what it may change."""
@@ -71,6 +58,34 @@ class RunFolder:
 
     def close(self) -> None:
         self._events.close()
+
+
+def saved_recipe(run_dir: Path) -> dict[str, Any] | None:
+    """The resolved recipe of the run in `run_dir`, whoever owns it; None where there is no checkpoint to go on from.
+
+    A run that ended before its first checkpoint may be started again with any recipe: nothing of it is used. But for
+    an export: that is some earlier run's, and would be taken for this one's.
+
+    Raises:
+        ResumeError: checkpoints without a readable recipe that says what they are of, or an export without checkpoints.
+    """
+    path = run_dir / "recipe.json"
+    if not any(run_dir.glob("checkpoint-*/manifest.json")):
+        if (run_dir / "model").exists():
+            raise ResumeError(
+                "there is the export of a finished run, but no checkpoint of it",
+                where=str(run_dir / "model"),
+                cure="give another run_dir, or move that folder away to start anew here",
+            )
+        return None
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ResumeError(
+            f"the recipe that the checkpoints here belong to cannot be read: {error}",
+            where=str(path),
+            cure="restore recipe.json from a copy, or start again with another run_dir",
+        ) from error
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ class Loss(Component):
         raise AssertionError(f"{type(self).__name__} needs weighted_nll and must say its coefficients")
 
     def count(self, block: Block) -> Tensor:
-        """Scalar: how many things (trained tokens, pairs) this block's sum is over; summed globally, the denominator."""
+        """Scalar: how many things (trained tokens, pairs) the sum is over; its global sum is the denominator."""
         return block.loss_mask.sum()
 
     def __call__(self, outputs: TokenOutputs, block: Block) -> LossOutput:

@@ -24,7 +24,7 @@ _LENGTH = 12
 _ATTENTION = frozenset({"full_attention", "sliding_attention", "attention"})
 
 
-def packing_leaks(model: PolicyModel) -> str | None:
+def packing_leaks(model: PolicyModel, longest: int = _LENGTH) -> str | None:
     """Why documents packed into one row would see each other in `model`; None where they stay apart.
 
     Two things are demanded of document B behind document A in one row: other tokens in A leave B's logits as they were,
@@ -32,22 +32,25 @@ def packing_leaks(model: PolicyModel) -> str | None:
     in A may round B differently (1e-6 in float32): there, the gradient of B's logits with respect to A's embeddings
     must be exactly zero, which no rounding can disturb.
 
+    A stands where a document of `longest` tokens ends, since some rotary embeddings (`dynamic`, `longrope`) choose
+    every token's frequencies by the largest position of the whole row.
+
     A micro-batch lays rows end to end, so a model that leaks needs `micro_batch_size: 1` even where each row holds one
     document. Costs three forward passes of at most 24 tokens.
     """
     was_training = model.training
     model.eval()
     try:
-        return _probe(model)
+        return _probe(model, max(longest - _LENGTH, 0))
     finally:
         model.train(was_training)
 
 
-def _probe(model: PolicyModel) -> str | None:
+def _probe(model: PolicyModel, position: int) -> str | None:
     tokens = torch.randint(1, model.vocab_size, (3, _LENGTH), generator=torch.Generator().manual_seed(0))
     a, other_a, b = tokens.to(next(model.parameters()).device)
     with torch.no_grad():
-        packed, changed = _logits(model, a, b)[_LENGTH:], _logits(model, other_a, b)[_LENGTH:]
+        packed, changed = (_logits(model, first, b, position=position)[_LENGTH:] for first in (a, other_a))
         alone = _logits(model, b)
     if not torch.equal(packed, changed) and _gradient_reaches_over(model, a, b):
         share = _distance(changed, packed).max().item()
@@ -59,15 +62,17 @@ def _probe(model: PolicyModel) -> str | None:
     return None
 
 
-def _logits(model: PolicyModel, *documents: Tensor) -> Tensor:
-    """[T, V], for documents of `_LENGTH` tokens laid end to end."""
+def _logits(model: PolicyModel, *documents: Tensor, position: int = 0) -> Tensor:
+    """[T, V], for documents of `_LENGTH` tokens laid end to end, the first one from `position` on."""
     token_ids = torch.cat(documents)
     index = torch.arange(len(documents), device=token_ids.device)
     start = (index * _LENGTH).to(torch.int32)
+    positions = torch.arange(_LENGTH, device=token_ids.device).repeat(len(documents))
+    positions[:_LENGTH] += position
     block = Block(
         token_ids=token_ids,
         loss_mask=torch.zeros_like(token_ids, dtype=torch.bool),
-        position_ids=torch.arange(_LENGTH, device=token_ids.device).repeat(len(documents)),
+        position_ids=positions,
         document_ids=index.repeat_interleave(_LENGTH),
         documents=torch.stack([start, start + _LENGTH, torch.zeros_like(start), torch.zeros_like(start)], 1),
         group_ids=index,

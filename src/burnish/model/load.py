@@ -11,7 +11,6 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +24,6 @@ if TYPE_CHECKING:
     from burnish.model.policy_model import PolicyModel
 
 log = logging.getLogger(__name__)
-
-HUB_SECONDS = 5.0
-"""Longest wait for the hub's first answer; transformers by itself retries for 23 seconds a file."""
 
 
 def locate(config: ModelConfig) -> dict[str, Any]:
@@ -60,7 +56,7 @@ def locate(config: ModelConfig) -> dict[str, Any]:
         "pretrained_model_name_or_path": config.path,
         "revision": config.revision,
         "trust_remote_code": config.trust_remote_code,
-        "local_files_only": not _on_hub(config.path, config.revision),
+        "local_files_only": not _reachable_or_cached(config),
     }
 
 
@@ -157,14 +153,14 @@ def load_causal_lm(config: ModelConfig, *, attention: str | None = None) -> Any:
     return causal_lm
 
 
-def require_packable(model: PolicyModel) -> None:
-    """Raises ModelError where documents of one packed row would see each other in this model."""
+def require_packable(model: PolicyModel, longest: int) -> None:
+    """Raises ModelError where documents of one packed row, of up to `longest` tokens, would see each other."""
     import torch
 
     from burnish.model.leak import packing_leaks
 
     with torch.compiler.set_stance("force_eager"):  # the probe's two row lengths would be two more graphs
-        reason = packing_leaks(model)
+        reason = packing_leaks(model, longest)
     if reason is not None:
         raise ModelError(reason, where="data.packing", cure="one document a row: `packing: {type: none}`")
 
@@ -255,36 +251,22 @@ def _missing(path: str) -> ModelError:
     return ModelError("no such model", where=path, cure=where_to_look or "name a hub id, a folder or a .gguf file")
 
 
-@lru_cache
-def _on_hub(repository: str, revision: str) -> bool:
+def _reachable_or_cached(config: ModelConfig) -> bool:
     """Whether the hub answers. False: it does not, and a cached copy is used.
 
     Raises:
-        ModelError: it answers that there is no such model, or it does not answer and nothing is cached.
+        ModelError: it does not answer and nothing is cached.
     """
-    from huggingface_hub import HfApi, constants, try_to_load_from_cache
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub import try_to_load_from_cache
 
-    cached = isinstance(try_to_load_from_cache(repository, "config.json", revision=revision), str)
-    reason = "the hub is switched off (HF_HUB_OFFLINE)"
-    if not constants.HF_HUB_OFFLINE:
-        try:
-            HfApi().model_info(repository, revision=revision, timeout=HUB_SECONDS)
-            return True
-        except GatedRepoError as error:
-            raise ModelError(
-                "access has to be asked for", where=repository, cure="ask on its hub page, then log in"
-            ) from error
-        except (RepositoryNotFoundError, HFValidationError) as error:
-            raise _missing(repository) from error
-        except HfHubHTTPError as error:
-            reason = f"the hub refused: {str(error).splitlines()[0]}"
-        except Exception as error:  # whichever transport library the hub client uses; every one has its own tree
-            reason = f"the hub cannot be reached ({error})"
-    if not cached:
+    from burnish.hub import reachable
+
+    if reachable():
+        return True
+    if not isinstance(try_to_load_from_cache(config.path, "config.json", revision=config.revision), str):
         raise ModelError(
-            f"no such folder, and {reason}",
-            where=repository,
+            "no such folder, not in the hub's local cache, and the hub cannot be reached",
+            where=config.path,
             cure="name a local folder or a .gguf file, or connect; a model fetched once is found without the hub",
         )
     return False

@@ -5,6 +5,7 @@ sharding. Recomputation and compilation replace a layer's `forward`, so no modul
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -87,18 +88,24 @@ def shard(model: PolicyModel, mesh: Mesh, dtype: torch.dtype) -> None:
 
     Gradients are summed, never averaged, because the loss was divided by a global count. That has to be said to every
     FSDP module: said to the root alone, the layers' gradients are divided by the number of ranks.
+
+    The root gives its gathered parameters back after each forward pass. FSDP's default keeps them until a backward
+    pass: behind a probe or an evaluation the model's parameters are then low-precision copies, and an optimizer opened
+    over them, or a checkpoint taken of them, misses the masters of embedding, last norm and head. Nor does the root
+    cast its inputs: a loss's coefficients stay float32.
     """
     if mesh.world_size == 1 and dtype == torch.float32:
         return
     frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     options: dict[str, Any] = {
         "mesh": mesh.device_mesh,
-        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
         "ignored_params": frozen if mesh.world_size == 1 else None,
     }
     for layer in model.layers:
-        fully_shard(layer, **options)
-    fully_shard(model, **options)
+        fully_shard(layer, mp_policy=precision, **options)
+    precision = replace(precision, cast_forward_inputs=False)
+    fully_shard(model, mp_policy=precision, reshard_after_forward=True, **options)
     register_fsdp_forward_method(model, "logits")
     for module in fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)

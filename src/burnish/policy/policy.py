@@ -79,7 +79,7 @@ class Policy:
         totals = _Totals()
         for batch in batches:
             output = self._forward(batch, loss)
-            (output.total / max(count, 1.0)).backward()
+            (output.total / (count or 1.0)).backward()
             totals.add(output)
         metrics, total = totals.over_ranks(self.mesh)
         self._loss_total += total
@@ -173,7 +173,7 @@ class Policy:
         by_index = {index: state[name] for index, name in enumerate(ordered) if name in state}
         self.optimizer.load_state_dict({"state": by_index, "param_groups": groups})
         torch.set_rng_state(tensors["rng"]["torch"])
-        if self.mesh.device.type == "cuda":
+        if self.mesh.device.type == "cuda" and "cuda" in tensors["rng"]:  # absent where a CPU began the run
             torch.cuda.set_rng_state(tensors["rng"]["cuda"], self.mesh.device)
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:

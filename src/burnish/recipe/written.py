@@ -169,12 +169,17 @@ def _float(text: str) -> float:
     return float(re.sub(r"\.(inf|nan)$", r"\1", text.replace("_", "").lower()))
 
 
+def _str(text: str) -> str:
+    """JSON writes characters beyond U+FFFF as two escapes, which YAML leaves as two halves. A half alone: ValueError."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16")
+
+
 _SCALARS = {
     "null": lambda _: None,
     "bool": lambda text: {"true": True, "false": False}[text.lower()],
     "int": _int,
     "float": _float,
-    "str": str,
+    "str": _str,
     "timestamp": str,
 }
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from queue import Empty
 from threading import Thread
 from typing import Any
 
-from burnish.errors import ModelError
+from burnish.errors import ModelError, RunFailed
 
 START_SECONDS = 120.0
 """Longest wait for one token before generation is given up."""
@@ -37,6 +38,7 @@ def stream_answer(path: str, prompt: str, *, max_new_tokens: int, temperature: f
 
     Raises:
         ModelError: nothing loadable at `path`, or a tokenizer without a chat template.
+        RunFailed: no token came within `START_SECONDS`.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
@@ -64,9 +66,27 @@ def stream_answer(path: str, prompt: str, *, max_new_tokens: int, temperature: f
         sampling["temperature"] = temperature
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=START_SECONDS)
     arguments = {**inputs, **sampling, "max_new_tokens": max_new_tokens, "streamer": streamer}
+    failed: list[Exception] = []
+
+    def generate() -> None:
+        try:
+            model.generate(**arguments)
+        except Exception as error:  # raised below; left in this thread, nobody would end the wait for tokens
+            failed.append(error)
+            streamer.end()
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        worker = Thread(target=model.generate, kwargs=arguments, daemon=True)
+        worker = Thread(target=generate, daemon=True)
         worker.start()
-        yield from streamer
+        yield from _until_silent(streamer)
         worker.join()
+    if failed:
+        raise failed[0]
+
+
+def _until_silent(pieces: Iterator[str]) -> Iterator[str]:
+    try:
+        yield from pieces
+    except Empty as error:
+        raise RunFailed(f"no token within {START_SECONDS:.0f} s: the model is too slow on this machine") from error

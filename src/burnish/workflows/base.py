@@ -131,7 +131,7 @@ class Run:
         seconds = time.perf_counter() - self._started
         trained = sum(int(block.loss_mask.sum()) for block in blocks)
         held = sum(int((block.document_ids >= 0).sum()) for block in blocks)
-        self._record |= {name: total / max(count, 1.0) for name, (total, count) in metrics.items()}
+        self._record |= {name: total / (count or 1.0) for name, (total, count) in metrics.items()}
         self._record |= {
             "grad_norm": update.grad_norm,
             "tokens": trained,
@@ -169,15 +169,15 @@ class Run:
 
     def _evaluate(self, blocks: Iterable[Block], loss: Loss) -> None:
         metrics = self.policy.evaluate(blocks, loss)
-        self._record |= {f"eval_{name}": total / max(count, 1.0) for name, (total, count) in metrics.items()}
+        self._record |= {f"eval_{name}": total / (count or 1.0) for name, (total, count) in metrics.items()}
 
-    def save(self, *, wait: bool = False) -> None:
-        """Begins a checkpoint of this moment; with `wait`, returns when it is on disk."""
+    def save(self, *, wait: bool = False) -> bool:
+        """Begins a checkpoint of this moment; with `wait`, returns when it is on disk, or False where it was refused:
+        the reason is in the events then, and the checkpoint before is as it was."""
         tensors, policy = self.policy.state()
         state = {"step": self.step, "bad_steps": self.bad_steps, "stream": self.stream.state(), "policy": policy}
         self.checkpointer.save(self.step, tensors, state, wait=wait)
-        if wait:
-            self._report_saves()
+        return self._report_saves() if wait else True
 
     def load(self, tensors: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         """Becomes the run that was saved."""
@@ -189,7 +189,9 @@ class Run:
         self.journal.log(self.step, self._record)
         self.journal.ledger(self.stream.ledger())
         self._report_saves()
-        if self.step % self.cadence.save_every == 0 and self.step != self.cadence.num_steps:
+        # Not amid skipped steps: a run that ends by them goes on from before them.
+        is_due = self.step % self.cadence.save_every == 0 and self.step != self.cadence.num_steps
+        if is_due and self.bad_steps == 0:
             self.save()
 
     def _stop_if_asked(self) -> None:
@@ -197,10 +199,13 @@ class Run:
         if reason is None and stop_after is not None and self.step >= stop_after:
             reason = f"stop_after={stop_after}"
         if reason is not None:
-            self.save(wait=True)
+            saved = "checkpoint saved" if self.save(wait=True) else "checkpoint NOT saved, see above"
             self.journal.event("stopped", step=self.step, reason=reason)
-            raise Stopped(f"stopped after step {self.step} ({reason}), checkpoint saved; the same command goes on")
+            raise Stopped(f"stopped after step {self.step} ({reason}), {saved}; the same command goes on")
 
-    def _report_saves(self) -> None:
-        for outcome in self.checkpointer.poll():
+    def _report_saves(self) -> bool:
+        """Whether the last of the saves that finished is on the disk."""
+        outcomes = self.checkpointer.poll()
+        for outcome in outcomes:
             self.journal.event(outcome.kind, **outcome.facts())
+        return not outcomes or outcomes[-1].kind == "checkpoint_saved"

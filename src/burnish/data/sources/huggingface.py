@@ -6,10 +6,10 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from burnish.data.hub import reachable
 from burnish.data.sources.base import RowShards, RowTable, Source
 from burnish.data.sources.parquet import plain
 from burnish.errors import DataError
+from burnish.hub import reachable
 from burnish.types import Row
 
 if TYPE_CHECKING:

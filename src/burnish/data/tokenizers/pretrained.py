@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import model_validator
 
-from burnish.data.hub import reachable
 from burnish.data.tokenizers.base import Tokenizer
 from burnish.errors import ModelError
+from burnish.hub import reachable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -18,6 +18,7 @@ from torch import Tensor
 from burnish.errors import ResumeError
 from burnish.policy.checkpoint.manifest import (
     DTYPES,
+    FORMAT,
     MANIFEST,
     STATE,
     Corrupt,
@@ -45,7 +46,8 @@ def load_latest(run_dir: Path, storage: Storage | None = None) -> LoadedCheckpoi
     """The newest intact checkpoint; None where a run has none yet.
 
     Raises:
-        ResumeError: there are checkpoints and not one of them is intact.
+        ResumeError: there are checkpoints and not one of them is intact, or another version of Burnish wrote the
+            newest: going on from an older one would delete it.
     """
     storage = storage or Storage()
     rejected = []
@@ -72,8 +74,15 @@ def read_checkpoint(storage: Storage, path: Path) -> tuple[dict[str, dict[str, T
 
     Raises:
         Corrupt: naming the file and the tensor; an unreadable file counts as corrupt.
+        ResumeError: it is of another format.
     """
     manifest = decode_manifest(_read(storage, path / MANIFEST))
+    if manifest["format"] != FORMAT:
+        raise ResumeError(
+            f"{MANIFEST}: format {manifest['format']}; this version of Burnish reads format {FORMAT}",
+            where=str(path),
+            cure="resume with the version of Burnish that wrote it",
+        )
     if manifest["step"] != step_of(path.name):
         raise Corrupt(f"{MANIFEST}: is of step {manifest['step']}")
     layouts = {}

@@ -120,9 +120,10 @@ def test_trained_tokens_are_coloured_on_a_terminal(
 
 
 def test_what_was_dropped_from_the_eval_rows_is_in_the_ledger(recipe: Path, capsys: pytest.CaptureFixture[str]):
-    sources = f"data.eval=[{{type: jsonl, path: {recipe.parent}/{{}}.jsonl}}, {{type: jsonl, path: {recipe.parent}/{{}}.jsonl}}]"
-    changes = [sources.replace("{}", "eval", 1).replace("{}", "train", 1), "data.max_length=30", "data.over_length=drop"]
-    *samples, last = lines(capsys, str(recipe), *changes, "--split", "eval", "-n", "100")
+    more = ["data.eval.1.type=jsonl", f"data.eval.1.path={recipe.parent / 'train.jsonl'}"]
+    *samples, last = lines(
+        capsys, str(recipe), *more, "data.max_length=30", "data.over_length=drop", "--split", "eval", "-n", "100"
+    )
     names = [Path(sample["source"]).name for sample in samples]
     assert "train.jsonl:2" in names and "train.jsonl:3" not in names
     counts = {name: (part["samples"], part["dropped"]) for name, part in last["ledger"]["sources"].items()}

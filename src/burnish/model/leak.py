@@ -32,8 +32,9 @@ def packing_leaks(model: PolicyModel, longest: int = _LENGTH) -> str | None:
     in A may round B differently (1e-6 in float32): there, the gradient of B's logits with respect to A's embeddings
     must be exactly zero, which no rounding can disturb.
 
-    A stands where a document of `longest` tokens ends, since some rotary embeddings (`dynamic`, `longrope`) choose
-    every token's frequencies by the largest position of the whole row.
+    Under rotary embeddings A stands where a document of `longest` tokens ends, since some of them (`dynamic`,
+    `longrope`) choose every token's frequencies by the largest position of the whole row. A table of learned positions
+    has an end, and each of its rows stands for itself.
 
     A micro-batch lays rows end to end, so a model that leaks needs `micro_batch_size: 1` even where each row holds one
     document. Costs three forward passes of at most 24 tokens.
@@ -41,7 +42,8 @@ def packing_leaks(model: PolicyModel, longest: int = _LENGTH) -> str | None:
     was_training = model.training
     model.eval()
     try:
-        return _probe(model, max(longest - _LENGTH, 0))
+        rotary = getattr(model.hf_config.get_text_config(), "rope_parameters", None) is not None
+        return _probe(model, max(longest - _LENGTH, 0) if rotary else 0)
     finally:
         model.train(was_training)
 

@@ -172,7 +172,7 @@ def require_embeddings(hf_config: Any, tokenizer: PreTrainedTokenizerBase, chat_
     with an image token, id 262144, and their embedding with row 262143.
     """
     rows = hf_config.get_text_config().vocab_size
-    added = tokenizer.get_added_vocab()
+    added: dict[str, int] = tokenizer.get_added_vocab()  # pyright: ignore[reportCallIssue, reportOptionalCall]
     beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= rows}
     written = [i for token, i in beyond.items() if token not in added or token in (chat_template or "")]
     if written:

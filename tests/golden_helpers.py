@@ -24,7 +24,10 @@ def fingerprint() -> str:
 
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    facts = dict(reversed([(part.strip() for part in line.split(":", 1)) for line in lines if ":" in line]))
+    facts: dict[str, str] = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        facts.setdefault(key.strip(), value.strip())
     flags = hashlib.sha256(" ".join(sorted(facts.get("flags", "").split())).encode()).hexdigest()[:12]
     kernels = torch.backends.cpu.get_cpu_capability()
     cpu = " ".join(facts.get(key, "?") for key in ("model name", "cpu family", "model", "stepping"))

@@ -29,6 +29,19 @@ IMPORTED = (
     "burnish.policy.checkpoint",
     "burnish.launch.local",
     "burnish.recipe",
+    "burnish.data.packing.best_fit",
+    "burnish.data.renderers.chat",
+    "burnish.data.rendering.sandbox",
+    "burnish.data.rendering.tokens",
+    "burnish.data.sources.jsonl",
+    "burnish.data.stream",
+    "burnish.losses.nll",
+    "burnish.model.leak",
+    "burnish.policy.optimizers.adamw",
+    "burnish.policy.policy",
+    "burnish.policy.throughput",
+    "burnish.schedules.cosine",
+    "burnish.workflows.sft",
 )
 
 
@@ -106,8 +119,11 @@ def _serve() -> None:
     for module in IMPORTED:
         importlib.import_module(module)
     import transformers
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     from burnish.cli import main
+
+    get_checkpoint_conversion_mapping("llama")  # 700 regular expressions, compiled once
 
     transformers.utils.logging.disable_progress_bar()
     answers = os.fdopen(os.dup(1), "w")

@@ -21,9 +21,17 @@ from tests.zygote import Trial, Zygote, wait_until
 FULL, ROOMY = 300_000, resource.RLIM_INFINITY
 
 
-@pytest.fixture
-def lab(zygote: Zygote, tmp_path: Path, tiny_model: Path, tiny_train: Path) -> Lab:
-    return Lab(zygote, tmp_path, tiny_model, tiny_train)
+RUN = {"num_steps": 24, "checkpoint": {"save_every": 4, "keep": 2}}
+
+
+@pytest.fixture(scope="module")
+def lab(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_train: Path) -> Lab:
+    return Lab(zygote, tmp_path_factory.mktemp("disk-full"), tiny_model, tiny_train)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(lab: Lab) -> list[tuple[int, float, float]]:
+    return tiny_run.losses(lab.train("undisturbed", **RUN))
 
 
 def limit(trial: Trial, size: int) -> None:
@@ -31,10 +39,10 @@ def limit(trial: Trial, size: int) -> None:
     resource.prlimit(trial.pid, resource.RLIMIT_FSIZE, (size, ROOMY))
 
 
-def test_a_run_outlives_a_full_disk_and_saves_again_once_there_is_room(lab: Lab) -> None:
-    changes = {"num_steps": 40, "checkpoint": {"save_every": 4, "keep": 2}}
-    undisturbed = lab.train("undisturbed", **changes)
-    recipe, run_dir = lab.recipe("run", **changes), lab.folder / "run"
+def test_a_run_outlives_a_full_disk_and_saves_again_once_there_is_room(
+    lab: Lab, undisturbed: list[tuple[int, float, float]]
+) -> None:
+    recipe, run_dir = lab.recipe("run", **RUN), lab.folder / "run"
     trial = lab.zygote.start(["train", str(recipe)], lab.folder / "run.log")
 
     wait_until(lambda: (run_dir / "checkpoint-4").is_dir())
@@ -50,20 +58,21 @@ def test_a_run_outlives_a_full_disk_and_saves_again_once_there_is_room(lab: Lab)
 
     assert trial.wait() == 0, trial.output()
     assert f"checkpoint_failed: step={first['step']}" in trial.output()
-    assert tiny_run.losses(run_dir) == tiny_run.losses(undisturbed)
-    assert {path.name for path in run_dir.glob("checkpoint-*")} == {"checkpoint-36", "checkpoint-40"}
+    assert tiny_run.losses(run_dir) == undisturbed
+    assert {path.name for path in run_dir.glob("checkpoint-*")} == {"checkpoint-20", "checkpoint-24"}
     loaded = load_latest(run_dir)
-    assert loaded is not None and loaded.step == 40
+    assert loaded is not None and loaded.step == 24
 
 
-def test_a_run_that_is_stopped_on_a_full_disk_says_what_was_not_saved(lab: Lab) -> None:
-    undisturbed = lab.train("undisturbed")
-    recipe, run_dir = lab.recipe("run"), lab.folder / "run"
-    trial = lab.zygote.start(["train", str(recipe), "stop_after=6"], lab.folder / "run.log")
+def test_a_run_that_is_stopped_on_a_full_disk_says_what_was_not_saved(
+    lab: Lab, undisturbed: list[tuple[int, float, float]]
+) -> None:
+    recipe, run_dir = lab.recipe("stopped", **RUN), lab.folder / "stopped"
+    trial = lab.zygote.start(["train", str(recipe), "stop_after=6"], lab.folder / "stopped.log")
     limit(trial, FULL)
     assert trial.wait() == 75, trial.output()
     assert "checkpoint NOT saved" in trial.output()
     assert [event["step"] for event in events(run_dir, "checkpoint_failed")] == [4, 6]
     assert not list(run_dir.glob("checkpoint-*"))
-    lab.resume("run")
-    assert tiny_run.losses(run_dir) == tiny_run.losses(undisturbed)
+    lab.resume("stopped")
+    assert tiny_run.losses(run_dir) == undisturbed

@@ -309,7 +309,7 @@ def test_a_run_can_be_talked_to(run: str, request: pytest.FixtureRequest, lab: L
     code, output = lab.burnish("generate", folder, "turn around: one two", "--max-new-tokens", "6")
     assert code == 0, output
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
     chat = [{"role": "user", "content": "turn around: one two"}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**prompt, max_new_tokens=6, do_sample=False)[0, prompt["input_ids"].shape[1] :]

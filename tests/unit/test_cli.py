@@ -163,6 +163,7 @@ def test_a_shipped_recipe_is_copied_and_never_over_a_file(tmp_path: Path, capsys
     copy.write_text("mine")
     assert cli.main(["recipes", "cp", "quickstart", str(copy)]) == 2
     assert copy.read_text() == "mine"
+    capsys.readouterr()
     assert cli.main(["recipes", "cp", "quickstart", str(tmp_path / "no" / "r.yaml")]) == 2
     assert capsys.readouterr().err.startswith(f"{tmp_path / 'no'}: no such folder\n")
     assert cli.main(["recipes", "cp", "quikstart"]) == 2

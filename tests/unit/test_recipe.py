@@ -206,7 +206,8 @@ def test_a_run_folder_is_a_recipe(recipe_file, tmp_path):
     recipe = load_recipe(recipe_file)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.json").write_text(json.dumps(recipe.resolved(), indent=2))
-    assert load_recipe(tmp_path / "run") == recipe
+    # The run in the folder that was named, whatever it was called when it was started.
+    assert load_recipe(tmp_path / "run") == recipe.model_copy(update={"run_dir": str(tmp_path / "run")})
     assert load_recipe(tmp_path / "run", ["seed=1"]).seed == 1
 
 

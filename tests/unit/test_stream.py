@@ -16,7 +16,7 @@ from burnish.data.ledger import Ledger
 from burnish.data.prefetch import Prefetch
 from burnish.data.stream import Stream, eval_blocks, merge_states, open_stream
 from burnish.errors import DataError, ResumeError, RunFailed
-from burnish.types import Block
+from burnish.types import Block, Row
 from tests.stream_helpers import (
     BAD_JSON,
     REFUSED,

@@ -82,7 +82,7 @@ class ShardFeed:
         self._windows: OrderedDict[tuple[int, int], list[Row | DataError]] = OrderedDict()
         # A lane that enters a new window still fetches from the one before, and lanes move on at about the same time:
         # with room for 10 windows, 8 lanes dropped what the next one needed, and read 2.3 rows for each one used.
-        self._max_windows = 1 * min(lanes, shards.num_shards) + 2
+        self._max_windows = 2 * min(lanes, shards.num_shards) + 2
         self._readers: dict[int, tuple[int, Iterator[Row]]] = {}
 
     def next(self, ordinal: int, lane: int, cursor: Cursor) -> tuple[Ref, Cursor]:

@@ -165,7 +165,7 @@ class Stream:
         if self._prefetch is None:
             items = self._produce(self._blocks - self._tail, self._tail, dict(self._states))
             # At least a whole step's rows: what is not made while a step computes, the next step waits for.
-            size = self._data.prefetch * (self._world_size // self._stride)
+            size = max(count, self._data.prefetch * (self._world_size // self._stride))
             self._prefetch = Prefetch(items, size, lambda: self._kitchen.doing)
         try:
             while len(self._ready) < count and (made := self._prefetch.get()) is not None:

@@ -50,8 +50,9 @@ class Local(Launch):
             require_embeddings(load_config(recipe.model), tokenizer, renderer.chat_template)
             run = build(recipe, folder, renderer, console, stack)
             run.stop_requested = stop.requested
+            before = run.step
             recipe.workflow.run(run)
-            if not (folder.path / "model").exists():
+            if run.step > before or not (folder.path / "model").exists():
                 console.note(export_run(recipe, run.policy, tokenizer, renderer.chat_template, folder.path / "model"))
         return EXIT_DONE
 

@@ -78,7 +78,7 @@ def export(
     partial.mkdir(parents=True)
     whole = merge or model.adapter is None
     if whole:
-        _write_model(model, partial)
+        write_model(model, partial)
     else:
         _write_adapter(model, partial, base_path, base_revision)
     _write_tokenizer(tokenizer, partial, chat_template)
@@ -117,9 +117,12 @@ def _largest(tensor: Tensor) -> float:
     return tensor.abs().max().item()
 
 
-def _write_model(model: PolicyModel, to: Path) -> None:
-    """Weights and config.json. An empty model of the same class does the writing: it has the sizes of the file, no
-    adapter and no padding, and transformers' own `save_pretrained` undoes what its loader did to the names."""
+def write_model(model: PolicyModel, to: Path) -> None:
+    """Weights and config.json, adapters merged.
+
+    An empty model of the same class does the writing: it has the sizes of the file, no adapter and no padding, and
+    transformers' own `save_pretrained` undoes what its loader did to the names.
+    """
     dtype = _dtype(model)
     config = copy.deepcopy(model.hf_config)
     with torch.device("meta"):

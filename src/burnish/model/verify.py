@@ -10,9 +10,11 @@ norm leaves the loss as it is.
 from __future__ import annotations
 
 import gc
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,8 +90,11 @@ def verify(config: ModelConfig, mesh: Mesh, *, compile_too: bool, seed: int = 0)
 
 
 def merged_against_unmerged(model: PolicyModel, documents: list[Tensor], mesh: Mesh, config: ModelConfig) -> Difference:
-    """A trained adapter beside the weights against the same adapter folded into them."""
+    """A trained adapter beside the weights against the same adapter folded into them, written and read back."""
     from transformers import AutoModelForCausalLM
+
+    from burnish.model.export import write_model
+    from burnish.model.load import quiet
 
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.trainable_parameters():
@@ -97,13 +102,15 @@ def merged_against_unmerged(model: PolicyModel, documents: list[Tensor], mesh: M
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             local.detach().copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
     beside = observe_policy(model, documents, mesh, packed=True)
-    # A tied head has no tensor of its own, hence not strict; what else is missing would show in the logits.
-    fresh = AutoModelForCausalLM.from_config(model.hf_config, attn_implementation="eager").to(mesh.device)
-    fresh.load_state_dict(dict(model.hf_tensors(merge=True)), strict=False)
-    with torch.no_grad():
+    # Written and read back as an export is, so that its files are what is compared.
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        write_model(model, Path(folder))
+        with quiet():
+            reread: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation="eager")
+        reread.to(mesh.device)
         ids = [tokens.to(mesh.device).unsqueeze(0) for tokens in documents]
-        logits = [fresh(input_ids=document, use_cache=False).logits[0].float() for document in ids]
-    return compare("adapter merged", Observation(logits, {}), beside, config.dtype)
+        logits = [reread(input_ids=document, use_cache=False).logits[0].float() for document in ids]
+    return compare("adapter merged, exported", Observation(logits, {}), beside, config.dtype)
 
 
 def probe_documents(vocab_size: int, seed: int) -> list[Tensor]:

@@ -25,6 +25,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     file = _existing(Path(path))
     source = written.read(file)
+    if Path(path).is_dir():
+        source.data["run_dir"] = str(path)  # of a moved or copied run, too; what it was called then is another folder
     for override in overrides:
         source.override(override)
     for folder in (str(file.resolve().parent), str(Path.cwd())):

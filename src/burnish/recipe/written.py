@@ -170,7 +170,7 @@ def _float(text: str) -> float:
 
 
 def _str(text: str) -> str:
-    """JSON writes characters beyond U+FFFF as two escapes, which YAML leaves as two halves. A half alone: ValueError."""
+    """JSON writes a character beyond U+FFFF as two escapes, which YAML leaves as two halves. One alone: ValueError."""
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16")
 
 

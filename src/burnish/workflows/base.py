@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Protocol
 
 from burnish.component import Component
@@ -104,7 +105,7 @@ class Run:
                 raise
             if not blocks:
                 break
-            learning_rate = self.learning_rate * self.schedule.factor(self.step, progress)
+            learning_rate = self.learning_rate * self.schedule.factor(self.step, progress, self.cadence.num_steps)
             self._record = {
                 "learning_rate": learning_rate,
                 "data_wait_seconds": self.stream.wait_seconds - waited,
@@ -157,7 +158,8 @@ class Run:
         """Measures the held-out rows before the first step of a fresh run, written as step 0."""
         if self.held_out is not None and self.step == 0:
             self._evaluate(self.held_out(), loss)
-            self.journal.log(0, self._record)
+            if self._record:
+                self.journal.log(0, self._record)
 
     def evaluate_if_due(self, loss: Loss) -> None:
         """Measures the held-out rows after the step at hand: every `eval_every` steps, and after the last."""
@@ -168,7 +170,10 @@ class Run:
             self._evaluate(self.held_out(), loss)
 
     def _evaluate(self, blocks: Iterable[Block], loss: Loss) -> None:
-        metrics = self.policy.evaluate(blocks, loss)
+        # A signal does not wait for the held-out set: the step ends without its evaluation, then the run stops.
+        metrics = self.policy.evaluate(takewhile(lambda _: self.stop_requested() is None, blocks), loss)
+        if self.stop_requested() is not None:
+            return
         self._record |= {f"eval_{name}": total / (count or 1.0) for name, (total, count) in metrics.items()}
 
     def save(self, *, wait: bool = False) -> bool:

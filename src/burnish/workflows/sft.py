@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Self
+
+from pydantic import model_validator
 
 from burnish.component import OneOf
 from burnish.losses.base import Loss
@@ -12,6 +14,8 @@ if TYPE_CHECKING:
     from burnish.workflows.base import Run
 
 LOSSES = OneOf("burnish.losses", default="nll")
+OUTPUTS = frozenset({"weighted_nll", "logprobs", "entropy"})
+"""What a loss may need here; the others need a second model or another head."""
 
 
 class SFT(Workflow):
@@ -20,6 +24,13 @@ class SFT(Workflow):
     type: Literal["sft"] = "sft"
     loss: Annotated[Loss, LOSSES] = LOSSES.field(Loss)
     """What is minimised; by default the negative log-likelihood of the trained tokens."""
+
+    @model_validator(mode="after")
+    def _feasible(self) -> Self:
+        missing = sorted(self.loss.needs - OUTPUTS)
+        if missing:
+            raise ValueError(f"the loss {self.loss.type} needs {', '.join(missing)}, which this workflow does not make")
+        return self
 
     def run(self, run: Run) -> None:
         """Gradient descent on the loss, one global batch a step."""

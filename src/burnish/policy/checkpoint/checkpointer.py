@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from burnish.errors import RunFailed
 from burnish.policy.checkpoint import reader
 from burnish.policy.checkpoint.manifest import step_of, tensor_bytes
 from burnish.policy.checkpoint.reader import LoadedCheckpoint
@@ -25,6 +26,11 @@ from burnish.policy.checkpoint.storage import Storage
 from burnish.policy.checkpoint.writer import clean, prune, write_checkpoint
 
 Staged = dict[str, dict[str, Tensor]]
+
+T = TypeVar("T")
+
+DEADLINE_SECONDS = 1800.0
+"""Longest wait for a disk: a network file system that hangs must not hang the run for ever."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +118,7 @@ class Checkpointer:
     def wait_staged(self) -> None:
         """Returns when the tensors of the last save may change."""
         if self._staged is not None:
-            self._staged.result()
+            self._result(self._staged)
             self._staged = None
 
     def poll(self) -> list[Saved | SaveFailed]:
@@ -125,13 +131,24 @@ class Checkpointer:
     def wait(self) -> None:
         """Returns when no save is in flight."""
         if self._saving is not None:
-            self._finished.append(self._saving.result())
+            self._finished.append(self._result(self._saving))
             self._saving = None
 
     def close(self) -> None:
         """Waits for the save in flight and ends the thread."""
-        self.wait()
-        self._thread.shutdown()
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown(wait=False)
+
+    def _result(self, future: Future[T]) -> T:
+        try:
+            return future.result(DEADLINE_SECONDS)
+        except TimeoutError as error:
+            raise RunFailed(
+                f"the checkpoint in {self.run_dir} has not reached the disk for {DEADLINE_SECONDS:.0f} s; "
+                f"the checkpoints before it are as they were"
+            ) from error
 
     def load_latest(self) -> LoadedCheckpoint | None:
         """The newest intact checkpoint, or None; nothing on the disk changes. See `reader.load_latest`."""
@@ -147,7 +164,7 @@ class Checkpointer:
         staged: Staged = {group: {} for group in tensors}
         with contextlib.ExitStack() as stack:
             if ready is not None:  # beside the training's kernels, and after those that made these tensors
-                stream = torch.cuda.Stream()
+                stream = torch.cuda.Stream(ready.device)
                 stream.wait_event(ready)
                 stack.callback(stream.synchronize)
                 stack.enter_context(torch.cuda.stream(stream))

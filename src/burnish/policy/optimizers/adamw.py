@@ -29,10 +29,12 @@ class AdamW(Optimizer):
     def open(self, parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
         import torch
 
-        tensors = [parameter for _, parameter in parameters]
+        decayed, kept = [], []
+        for name, parameter in parameters:  # fused experts have biases of two dimensions, [experts, hidden]
+            (decayed if parameter.ndim >= 2 and not name.endswith("bias") else kept).append(parameter)
         groups = [
-            {"params": [p for p in tensors if p.ndim >= 2], "weight_decay": self.weight_decay, "lr_scale": 1.0},
-            {"params": [p for p in tensors if p.ndim < 2], "weight_decay": 0.0, "lr_scale": 1.0},
+            {"params": decayed, "weight_decay": self.weight_decay, "lr_scale": 1.0},
+            {"params": kept, "weight_decay": 0.0, "lr_scale": 1.0},
         ]
         return torch.optim.AdamW(
             [group for group in groups if group["params"]],

@@ -34,7 +34,9 @@ def test_what_fits_is_left_alone(policy) -> None:
 def test_refuse_says_how_long_and_where() -> None:
     one = fit_length(rendered(sample("." * 1000 + "x" * 204)), 512, "refuse")
     assert one.group is None and one.fates == {"dropped: longer than max_length": 1204}
-    assert str(one.refusal).startswith("data/train.jsonl:7: 1,204 tokens, max_length is 512\n  cure: raise")
+    assert str(one.refusal).startswith(
+        "data/train.jsonl:7: 1,204 tokens, max_length is 512\n  cure: set `data.over_length`"
+    )
 
 
 def test_drop_accounts_for_the_whole_group() -> None:

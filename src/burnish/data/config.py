@@ -31,8 +31,9 @@ class DataConfig(Config):
     """How rows become tokens with a loss mask."""
     max_length: Annotated[int, Ge(2)] = 2048
     """Longest document, in tokens."""
-    over_length: Literal["refuse", "truncate", "drop"] = "refuse"
-    """What happens to a longer one. Every token that is cut or dropped is in the ledger."""
+    over_length: Annotated[Literal["refuse", "truncate", "drop"], Free()] = "refuse"
+    """What happens to a longer one. Every token that is cut or dropped is in the ledger. A run that was stopped by a
+    long document goes on with another answer."""
     packing: Annotated[Packing, PACKINGS] = PACKINGS.field(Packing)
     """How documents are laid into rows."""
     shuffle: bool = True

@@ -26,7 +26,7 @@ def fit_length(rendered: Rendered, max_length: int, policy: Literal["refuse", "t
         refusal = DataError(
             f"{longest:,} tokens, max_length is {max_length:,}",
             rendered.row.where,
-            "raise `data.max_length`, or set `data.over_length` to truncate or drop",
+            "set `data.over_length` to truncate or drop, with which a stopped run goes on; or raise `data.max_length`",
         )
         return _dropped(replace(rendered, refusal=refusal), "longer than max_length")
     if policy == "drop":

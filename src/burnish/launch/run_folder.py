@@ -44,7 +44,9 @@ class RunFolder:
 
     def write_recipe(self, resolved: Mapping[str, Any]) -> None:
         """Writes `recipe.json`: at the first start, and again when a resume changes what it may change."""
-        write_atomically(self.path / "recipe.json", json.dumps(resolved, indent=2).encode() + b"\n")
+        path, data = self.path / "recipe.json", json.dumps(resolved, indent=2).encode() + b"\n"
+        if not path.exists() or path.read_bytes() != data:  # on a full disk a run can still be resumed
+            write_atomically(path, data)
 
     def event(self, kind: str, **facts: Any) -> None:
         """Appends to `events.jsonl`; on the disk when this returns, kept in memory where a full disk refuses it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType
 from typing import Any
@@ -38,4 +39,7 @@ class StopSignals:
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
             raise KeyboardInterrupt
-        self._name = self._name or signal.Signals(number).name
+        if self._name is None:
+            self._name = signal.Signals(number).name
+            again = "; once more stops at once" if number == signal.SIGINT else ""
+            os.write(2, f"{self._name}: stopping after this step, with a checkpoint{again}\n".encode())

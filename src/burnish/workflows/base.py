@@ -97,9 +97,10 @@ class Run:
             self._started, waited = time.perf_counter(), self.stream.wait_seconds
             try:
                 blocks = self.stream.take(self.blocks_per_step)
-            except UserError:
-                # The row that cannot be used is reached only now: what was learned before it is kept. Before the first
-                # step that is nothing, and a checkpoint would only hold the person to a recipe that has to change.
+            except (UserError, OSError):
+                # A row that cannot be used, or a remote file that fails, is reached only now: what was learned before
+                # it is kept. Before the first step that is nothing, and a checkpoint would only hold the person to a
+                # recipe that has to change.
                 if self.step > 0:
                     self.save(wait=True)
                 raise
@@ -206,7 +207,8 @@ class Run:
         if reason is not None:
             saved = "checkpoint saved" if self.save(wait=True) else "checkpoint NOT saved, see above"
             self.journal.event("stopped", step=self.step, reason=reason)
-            raise Stopped(f"stopped after step {self.step} ({reason}), {saved}; the same command goes on")
+            how = "the same command" if reason.startswith("SIG") else "the same command without stop_after"
+            raise Stopped(f"stopped after step {self.step} ({reason}), {saved}; {how} goes on")
 
     def _report_saves(self) -> bool:
         """Whether the last of the saves that finished is on the disk."""

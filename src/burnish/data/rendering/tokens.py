@@ -38,6 +38,9 @@ class SpanTokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._backend: Any = tokenizer.backend_tokenizer
+        # A tokenizer.json may carry limits from another use; cut or padded ids would not be this text's.
+        self._backend.no_truncation()
+        self._backend.no_padding()
         self._nfc = type(self._backend.normalizer).__name__ == "NFC"
         self._bytes = self._token_bytes()
 

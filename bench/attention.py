@@ -1,6 +1,6 @@
 """Document attention against SDPA with a boolean block mask: forward and backward over one packed row of 2,048 tokens.
 
-    python bench/attention.py
+    python -m bench.attention
 
 Goal: >= 5x faster on rows of about 16 documents, in one thread, with outputs and gradients within 1e-5. The two are
 timed in turns, in CPU seconds of the process (robust to other load), and the best of the rounds counts.
@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from report import report
 from torch import Tensor
 
+from bench.report import report
 from burnish.model.attention import document_attention, visible_pairs
 
 NUM_TOKENS, HEAD_DIM, ROUNDS = 2048, 64, 5

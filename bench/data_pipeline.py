@@ -23,8 +23,8 @@ from typing import Any
 
 from bench.report import report
 
-NUM_ROWS = 1500
-ROUNDS = 5
+NUM_ROWS = 5000
+ROUNDS = 3
 VOCABULARY = 32_768
 TRAINED_ON = 4_000_000
 """Characters that the tokenizer is trained on."""
@@ -146,7 +146,9 @@ def write_rows(path: Path) -> list[list[dict[str, str]]]:
             messages = []
             for turn in range(2 + number % 2 * 2):
                 size = 200 + (number * 7919 + turn * 104_729) % 2000  # 200 to 2,200 characters, in no order
-                messages.append({"role": ("user", "assistant")[turn % 2], "content": text[at : at + size].strip()})
+                messages.append(
+                    {"role": ("user", "assistant")[turn % 2], "content": text[at : at + size].strip() or "pass"}
+                )
                 at += size
             conversations.append(messages)
             file.write(json.dumps({"messages": messages}) + "\n")

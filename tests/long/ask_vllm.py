@@ -22,8 +22,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     `model` is a Hugging Face folder, `adapter` a PEFT folder for it or None. Log-probabilities are those of the
     distribution that is sampled from, at temperature 1.
     """
-    from vllm import LLM, SamplingParams
-    from vllm.lora.request import LoRARequest
+    from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
+    from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 
     adapter = request["adapter"]
     export = adapter or request["model"]

@@ -113,7 +113,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Export]:
 
     folder = tmp_path_factory.mktemp("vllm")
     start = folder / "start"
-    tiny_model("llama", vocab_size=320, hidden_size=64, head_dim=HEAD_DIM, scale=0.5).save_pretrained(start)
+    tiny_model("llama", vocab_size=320, hidden_size=64, head_dim=HEAD_DIM, eos_token_id=0, scale=0.5).save_pretrained(
+        start
+    )
     tiny_run.write_tokenizer(start)
     # That an answer ends with <|im_end|> is now known to the chat template alone.
     tokenizer = AutoTokenizer.from_pretrained(start)
@@ -161,7 +163,7 @@ def test_vllm_says_what_a_run_was_trained_to_say(runs: dict[str, Export], kind: 
     assert tokenizer.decode(answer["chat"]["completion"][-1:]) == "<|im_end|>"
 
 
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": HEAD_DIM},
     "qwen3_moe": {"head_dim": HEAD_DIM},
     "gemma2": {"head_dim": HEAD_DIM, "query_pre_attn_scalar": HEAD_DIM},
@@ -175,6 +177,7 @@ FAMILIES = {
     ("family", "adapter"),
     # vLLM wraps the experts for any adapter of a mixture, and computes those with Triton only.
     [*((family, None) for family in FAMILIES), ("qwen3", LoRA(r=4)), ("gemma2", LoRA(r=4)), ("gpt_neox", LoRA(r=4))],
+    ids=[*FAMILIES, "qwen3-lora", "gemma2-lora", "gpt_neox-lora"],
 )
 def test_vllm_loads_every_family(family: str, adapter: LoRA | None, tmp_path: Path) -> None:
     from transformers import AutoTokenizer

@@ -6,11 +6,12 @@ anything large is allocated: run folder, tokenizer, renderer, files, then the mo
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from burnish.errors import EXIT_DONE, ResumeError
+from burnish.errors import EXIT_DONE, ResumeError, UserError
 from burnish.launch.base import Launch
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Local(Launch):
         from burnish.launch.signals import StopSignals
         from burnish.model.load import load_config, require_embeddings
 
+        refuse_many_ranks()
         with ExitStack() as stack:
             folder = stack.enter_context(open_run_folder(Path(recipe.run_dir)))
             refuse_changes(folder, recipe)
@@ -126,6 +128,17 @@ def open_policy(recipe: Recipe, mesh: Mesh) -> Policy:
     return Policy(
         model, optimizer, mesh=mesh, micro_batch_size=recipe.micro_batch_size, max_grad_norm=recipe.max_grad_norm
     )
+
+
+def refuse_many_ranks() -> None:
+    """Raises UserError under torchrun with several ranks: each would train the same rows and write the same folder."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1:
+        raise UserError(
+            f"a run is one process for now, and this is one of {ranks}",
+            where="WORLD_SIZE",
+            cure="start it without torchrun; CUDA_VISIBLE_DEVICES chooses its GPU",
+        )
 
 
 def refuse_changes(folder: RunFolder, recipe: Recipe) -> None:

@@ -70,6 +70,9 @@ def one_of_two(rank: int, port: int, folder: str) -> None:
             if rank == 0:
                 torch.save((loss, found, exported), Path(folder) / f"{index}.pt")
         mesh.barrier()
+        # Results are on disk. Once in some ten times, gloo's threads abort a process of two ranks while it is torn down
+        # ("terminate called without an active exception"), which says nothing about what is tested here.
+        os._exit(0)
 
 
 @pytest.fixture(scope="module")

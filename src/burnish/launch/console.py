@@ -138,10 +138,10 @@ class _Bar:
         from rich.progress import BarColumn, Progress, TextColumn
 
         columns: list[ProgressColumn] = [
-            TextColumn("step {task.fields[count]}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[summary]}"),
+            TextColumn("{task.fields[count]}"),
             TextColumn("{task.fields[eta]}"),
+            TextColumn("{task.fields[summary]}"),
+            BarColumn(bar_width=10),
         ]
         self._total, self._eta = total_steps, _Eta(total_steps)
         # Redrawn when a step ends and not by a thread of its own, which would take the interpreter from the training.
@@ -155,7 +155,7 @@ class _Bar:
         eta = f"eta {_clock(left)}" if left is not None else ""
         if "eval_loss" in metrics:
             self.note(f"step {count}  {summary(metrics)}")
-        short = summary({name: value for name, value in metrics.items() if name != "eval_loss"})
+        short = summary({name: metrics[name] for name in ("loss", "tokens_per_second", "mfu") if name in metrics})
         self._progress.update(self._task, completed=step, count=count, summary=short, eta=eta)
         self._progress.refresh()
 

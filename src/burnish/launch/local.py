@@ -54,6 +54,8 @@ class Local(Launch):
             run.stop_requested = stop.requested
             before = run.step
             recipe.workflow.run(run)
+            if run.step == before:
+                console.note(f"this run was finished after step {run.step}; its model is in {folder.path / 'model'}")
             if run.step > before or not (folder.path / "model").exists():
                 console.note(export_run(recipe, run.policy, tokenizer, renderer.chat_template, folder.path / "model"))
         return EXIT_DONE

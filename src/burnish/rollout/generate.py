@@ -14,6 +14,8 @@ from threading import Thread
 from typing import Any
 
 from burnish.errors import ModelError, RunFailed
+from burnish.model.config import ModelConfig
+from burnish.model.load import locate
 
 START_SECONDS = 120.0
 """Longest wait for one token before generation is given up."""
@@ -47,6 +49,8 @@ def stream_answer(path: str, prompt: str, *, max_new_tokens: int, temperature: f
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     folder = exported_folder(path)
+    if not Path(folder).is_dir():
+        locate(ModelConfig(path=folder))  # a mistyped name is refused at once, not after a minute of asking the hub
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")

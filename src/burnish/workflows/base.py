@@ -97,12 +97,14 @@ class Run:
             self._started, waited = time.perf_counter(), self.stream.wait_seconds
             try:
                 blocks = self.stream.take(self.blocks_per_step)
-            except (UserError, OSError):
+            except (UserError, OSError) as error:
                 # A row that cannot be used, or a remote file that fails, is reached only now: what was learned before
                 # it is kept. Before the first step that is nothing, and a checkpoint would only hold the person to a
                 # recipe that has to change.
-                if self.step > 0:
-                    self.save(wait=True)
+                if self.step > 0 and self.save(wait=True):
+                    self.journal.event(
+                        "refused", step=self.step, reason=str(error), checkpoint=f"checkpoint-{self.step}"
+                    )
                 raise
             if not blocks:
                 break

@@ -223,7 +223,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(num_epochs: int | None) -> N
     assert all(
         same(a, b)
         for blocks, expected in zip(taken(again, 2, 4), after, strict=True)
-        for a, b in zip(blocks, expected)  # noqa: B905
+        for a, b in zip(blocks, expected, strict=True)
     )
     assert again.ledger() == alone.ledger()
     for stream in (alone, again, *ranks):

@@ -98,11 +98,7 @@ class PolicyModel(nn.Module):
     @property
     def layers(self) -> nn.ModuleList:
         """The transformer layers, in order: what is checkpointed, compiled and sharded one by one."""
-        depth = self.hf_config.get_text_config().num_hidden_layers
-        for module in self.backbone.modules():
-            if isinstance(module, nn.ModuleList) and len(module) == depth:
-                return module
-        raise ModelError(f"{type(self.causal_lm).__name__} has no list of {depth} layers")
+        return decoder_layers(self.causal_lm)
 
     @property
     def is_tied(self) -> bool:
@@ -220,6 +216,19 @@ def verify_head(policy_model: PolicyModel) -> None:
             f"log-probabilities differ by {difference:.1g} of the largest",
             cure="train a family whose logits are a linear head, optionally scaled and soft-capped",
         )
+
+
+def decoder_layers(causal_lm: Any) -> nn.ModuleList:
+    """The transformer layers of a transformers model, in order.
+
+    Raises:
+        ModelError: it has no list of as many modules as its configuration has layers.
+    """
+    depth = causal_lm.config.get_text_config().num_hidden_layers
+    for module in causal_lm.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise ModelError(f"{type(causal_lm).__name__} has no list of {depth} layers")
 
 
 def one_document(token_ids: Tensor) -> Block:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import gc
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from burnish.model.config import Compile, ModelConfig
 from burnish.model.parallel import whole
+from burnish.model.policy_model import decoder_layers
 from burnish.types import Block
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ def largest(differences: dict[str, float]) -> tuple[str, float]:
 
 
 @contextmanager
-def watched(layers: Sequence[nn.Module], outputs: dict[str, list[Tensor]]) -> Iterator[None]:
+def watched(layers: Iterable[nn.Module], outputs: dict[str, list[Tensor]]) -> Iterator[None]:
     """Collects each layer's output [T, H] of every forward pass in the block."""
 
     def keeper(name: str) -> Callable[..., None]:
@@ -200,12 +201,6 @@ def watched(layers: Sequence[nn.Module], outputs: dict[str, list[Tensor]]) -> It
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def decoder_layers(causal_lm: Any) -> Sequence[nn.Module]:
-    """The transformer layers of a transformers model, in order."""
-    depth = causal_lm.config.get_text_config().num_hidden_layers
-    return next(list(m) for m in causal_lm.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
 
 
 def spans(block: Block) -> list[tuple[int, int]]:

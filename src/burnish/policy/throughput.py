@@ -24,12 +24,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
 
 from burnish.model.attention import visible_pairs
+from burnish.model.policy_model import one_document
 from burnish.model.project import VECTORS, previous_token
-from burnish.types import Block
 
 if TYPE_CHECKING:
     from burnish.losses.base import Loss
     from burnish.model.policy_model import PolicyModel
+    from burnish.types import Block
 
 PROBE_TOKENS = 8
 """Tokens of the watched pass; half of it is run again to see that the count grows with the tokens."""
@@ -144,7 +145,7 @@ class _Executed:
 def _probe(model: PolicyModel, num_tokens: int, *, backward: bool) -> tuple[_Watch, _Executed]:
     """Runs one document of `num_tokens`; leaves neither gradients nor a moved random state behind."""
     device = next(model.parameters()).device
-    block = _row(num_tokens).to(device)
+    block = one_document(torch.ones(num_tokens, dtype=torch.int64, device=device))
     watch, executed = _Watch(num_tokens), _Executed()
     with _undisturbed(model, device), FlopCounterMode(display=False) as counter:
         with watch:
@@ -165,19 +166,6 @@ def _undisturbed(model: PolicyModel, device: torch.device) -> Iterator[None]:
         model.train()
         yield
     model.zero_grad(set_to_none=True)
-
-
-def _row(num_tokens: int) -> Block:
-    ones = torch.ones(num_tokens, dtype=torch.int64)
-    return Block(
-        token_ids=ones,
-        loss_mask=ones.bool(),
-        position_ids=torch.arange(num_tokens),
-        document_ids=torch.zeros_like(ones),
-        documents=torch.tensor([[0, num_tokens, 0, 0]], dtype=torch.int32),
-        group_ids=torch.zeros(1, dtype=torch.int64),
-        sample_ids=("probe",),
-    )
 
 
 def _grouped_mm_flops(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:

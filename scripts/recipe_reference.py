@@ -44,8 +44,8 @@ def page() -> str:
     return INTRODUCTION + "\n" + "\n".join(_block(Recipe, "", free=False, written={})) + "\n"
 
 
-def _block(block: type[Config], path: str, *, free: bool, written: dict[OneOf, str]) -> Iterator[str]:
-    """A table, then what stands below it. `written`: choices that were described before, and where."""
+def _block(block: type[Config], path: str, *, free: bool, written: dict[str, str]) -> Iterator[str]:
+    """A table, then what stands below it. `written`: folders of choices that were described before, and where."""
     yield from _table(block, free=free)
     for name, field in block.model_fields.items():
         here = f"{path}.{name}" if path else name
@@ -55,16 +55,15 @@ def _block(block: type[Config], path: str, *, free: bool, written: dict[OneOf, s
             if choice is None:
                 yield f"{_doc(base)}\n"
                 yield from _block(base, here, free=inner_free, written=written)
-            elif choice in written:
-                yield f"The same choices as `{written[choice]}`."
+            elif choice.package in written:
+                default = f"; by default `{{type: {choice.default}}}`" if choice.default else ""
+                yield f"The same choices as `{written[choice.package]}`{default}."
             else:
-                written[choice] = here
+                written[choice.package] = here
                 yield from _choices(choice, base, here, free=inner_free, written=written)
 
 
-def _choices(
-    choice: OneOf, base: type[Component], path: str, *, free: bool, written: dict[OneOf, str]
-) -> Iterator[str]:
+def _choices(choice: OneOf, base: type[Component], path: str, *, free: bool, written: dict[str, str]) -> Iterator[str]:
     for number, kind in enumerate(choice.types()):
         default = " (the default)" if kind == choice.default else ""
         gap = "\n" * (number > 0)

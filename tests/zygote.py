@@ -37,6 +37,8 @@ IMPORTED = (
     "burnish.data.stream",
     "burnish.losses.nll",
     "burnish.model.leak",
+    "burnish.policy.answers",
+    "burnish.policy.frozen",
     "burnish.policy.optimizers.adamw",
     "burnish.policy.policy",
     "burnish.policy.throughput",

@@ -24,6 +24,7 @@ HELP = {
     "verify": "compare a model's every changed path with plain transformers",
     "export": "write a plain Hugging Face or PEFT folder",
     "generate": "talk to a model or a run",
+    "cache-teacher": "keep a teacher's likeliest tokens for all rows",
     "recipes": "list or copy the shipped recipes",
 }
 """In the order they are shown; a command without a line here still works."""
@@ -52,11 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    found = [m.name for m in pkgutil.iter_modules(burnish.commands.__path__) if not m.name.startswith("_")]
+    modules = [m.name for m in pkgutil.iter_modules(burnish.commands.__path__) if not m.name.startswith("_")]
+    found = [name.replace("_", "-") for name in modules]
     if not arguments or arguments[0] not in found:
         return _top_level(found).parse_args(arguments)
     name, *rest = arguments
-    module = importlib.import_module(f"burnish.commands.{name}")
+    module = importlib.import_module(f"burnish.commands.{name.replace('-', '_')}")
     parser = argparse.ArgumentParser(prog=f"burnish {name}", description=HELP.get(name))
     parser.set_defaults(run=module.run)
     module.add_arguments(parser)

@@ -114,14 +114,17 @@ class OneOf:
 
     package: str
     default: str | None = None
+    without: tuple[str, ...] = ()
+    """Types of the package that may not stand here: a part cannot be made of parts of its own type."""
 
     def __get_pydantic_core_schema__(self, base: type[Component], _handler: GetCoreSchemaHandler) -> CoreSchema:
         def validate(value: Any) -> Component:
             if isinstance(value, base):
                 return value
             if not isinstance(value, Mapping):
+                likely = value if value in self.types() else self.default or self.types()[0]
                 raise PydanticCustomError(
-                    "component", "expected a block such as {example}", {"example": f"{{type: {self.types()[0]}}}"}
+                    "component", "expected a block such as {example}", {"example": f"{{type: {likely}}}"}
                 )
             name = value.get("type", self.default)
             if name is None:
@@ -157,7 +160,8 @@ class OneOf:
         """
         folder = importlib.import_module(self.package).__path__
         files = (Path(place, f"{module.name}.py") for place in folder for module in pkgutil.iter_modules([place]))
-        return sorted(f.stem for f in files if f.is_file() and f'type: Literal["{f.stem}"]' in f.read_text("utf-8"))
+        found = (f.stem for f in files if f.is_file() and f'type: Literal["{f.stem}"]' in f.read_text("utf-8"))
+        return sorted(name for name in found if name not in self.without)
 
     def find(self, base: type[C], name: Any) -> type[C]:
         """The class that `type: name` stands for.

@@ -14,8 +14,9 @@ Samples are numpy (host, made by background threads); blocks are torch.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,6 +34,42 @@ class Row:
 
     record: dict[str, Any]
     where: str
+
+
+RowKind = Literal["conversation", "preference", "unpaired", "stepwise", "labelled", "retrieval", "history"]
+"""What a row of a source is, by the names of the ecosystem: turns or text to imitate; prompt, chosen and rejected;
+prompt, completion and a yes or no; steps with a label each; anything with labels; a query and what answers it; what
+a user chose, in order."""
+
+
+@dataclass(slots=True, frozen=True)
+class RowFormat:
+    """What a loss wants each row to be.
+
+    >>> RowFormat("labelled", {"label": ("negative", "positive")})     # class names; () where the label is a number
+    """
+
+    kind: RowKind = "conversation"
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Label columns that the loss reads -> names of their classes, in the order of the head's outputs."""
+
+
+CONVERSATIONS = RowFormat()
+"""Rows to imitate: the default."""
+
+
+@dataclass(slots=True, frozen=True)
+class NewTokens:
+    """Tokens that a model is to learn: ids `first`, `first + 1`, ... up to `len(sources)` of them.
+
+    >>> NewTokens(49152, sources=((314, 51), ()))    # 49152 begins at the mean of rows 314 and 51, 49153 at that of all
+    """
+
+    first: int
+    sources: tuple[tuple[int, ...], ...]
+    """For each the old tokens at the mean of whose rows it begins; () for all."""
+    train_all: bool = False
+    """Whether the old rows of embedding and head train as well."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -55,6 +92,9 @@ class Sample:
     sample_id: str
     """Where it came from, for people: `data/train.jsonl:17`."""
     columns: dict[str, np.ndarray] = field(default_factory=dict)
+    prefix: int | None = None
+    """Index in its group of the sample whose tokens stand before this one's: a prompt that a pair shares is one sample,
+    and both completions name it. Then `loss_mask[0]` may be True."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -168,6 +208,17 @@ def collate(blocks: list[Block]) -> Block:
     )
 
 
+def last_tokens(block: Block) -> Tensor:
+    """bool [T]: the last token of each document that is no shared prefix of another."""
+    import torch
+
+    start, end, prefix_start, prefix_end = block.documents.long().unbind(1)
+    is_prefix = ((start[:, None] == prefix_start) & (end[:, None] == prefix_end)).any(1)
+    last = torch.where((end > start) & ~is_prefix, end - 1, block.num_tokens)  # the others mark a slot behind the end
+    marks = torch.zeros(block.num_tokens + 1, dtype=torch.bool, device=block.token_ids.device)
+    return marks.index_fill(0, last, True)[:-1]
+
+
 @dataclass(slots=True)
 class TokenOutputs:
     """What the projection computed for a loss: exactly what the loss `needs`, the rest is None.
@@ -182,11 +233,45 @@ class TokenOutputs:
     entropy: Tensor | None = None
     """Of the distribution that token t was drawn from, in nats."""
     topk_logprobs: Tensor | None = None
-    """[T, K] at the ids that `block.columns["topk_ids"]` names."""
+    """[T, K] at the ids that `block.columns["teacher_topk_ids"]` names."""
     full_kl: Tensor | None = None
     """Divergence to a second model's whole distribution at t, in nats."""
-    values: Tensor | None = None
-    """A value head's reading of the state that token t was drawn from."""
+    candidate_logits: Tensor | None = None
+    """[T, 1 + K] unnormalised: of token t itself, then of the block's K candidates."""
+    ranks: Tensor | None = None
+    """How many ids that compete (see `Ranking`) have a larger logit than token t, and half of those with the same: 0 is
+    the best. No gradient."""
+    hidden_states: Tensor | None = None
+    """[T, H] the last hidden state that token t was drawn from, that of t - 1."""
+    scores: dict[str, Tensor] = field(default_factory=dict)
+    """head name -> [T, L] what the head makes of the hidden state *at* token t, which has read t: a reward at a
+    document's last token, a step's grade at the step's last."""
+    embeddings: Tensor | None = None
+    """[D, E] one vector a document."""
+
+
+@dataclass(slots=True, frozen=True)
+class Divergence:
+    """A distance between the policy's distribution p and a second model's q, both softmax(logits / temperature).
+
+    `forward`: KL(q || p), which covers q's modes; `reverse`: KL(p || q), which seeks one; `jsd`: the generalised
+    Jensen-Shannon divergence beta KL(q || m) + (1 - beta) KL(p || m) with m = beta q + (1 - beta) p
+    (Agarwal et al., arXiv:2306.13649, eq. 1).
+    """
+
+    kind: Literal["forward", "reverse", "jsd"]
+    beta: float = 0.5
+    temperature: float = 1.0
+
+
+@dataclass(slots=True, frozen=True)
+class Ranking:
+    """Which ids `ranks` sets a token against."""
+
+    among: Tensor | None = None
+    """bool, by id: those that compete, ids behind its end do not; None: all of the vocabulary."""
+    exclude_seen: bool = False
+    """Leave out the ids that stand before the token in its document, as evaluations of recommenders do."""
 
 
 Metric = tuple[float, float]
@@ -197,5 +282,6 @@ class LossOutput(NamedTuple):
     """A loss's sum over a block; whoever called divides by a count taken over the whole batch."""
 
     total: Tensor
-    metrics: dict[str, tuple[Tensor | float, Tensor | float]]
-    """name -> (sum, count)"""
+    """Scalar; or [n] where the loss adds up n terms that are counted differently, divided entry by entry."""
+    metrics: Mapping[str, tuple[Tensor | float, Tensor | float]]
+    """name -> (sum, count). Where the total is [n] there is no `loss` here: the policy adds the divided entries up."""

@@ -53,6 +53,7 @@ def test_the_recipe_s_choices():
         "burnish.launch",
         "burnish.losses",
         "burnish.model.adapters",
+        "burnish.model.heads",
         "burnish.policy.optimizers",
         "burnish.schedules",
         "burnish.track",

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from burnish.mesh import open_mesh
 from burnish.model.adapters.lora import LoRA
+from burnish.model.heads.attach import attach
+from burnish.model.heads.multi import Multi
 from burnish.model.parallel import fsdp_modules, recompute_layers, shard, whole
 from burnish.model.policy_model import PolicyModel
 from burnish.model.precision import keep_masters
@@ -25,6 +27,14 @@ CASES = {
     "full": ("llama", None, "float32"),
     "lora": ("llama", LoRA(r=4), "float32"),
     "lora, bfloat16": ("llama", LoRA(r=4), "bfloat16"),
+    "dora, adapted head and embedding": (
+        "gemma2",
+        LoRA(r=4, use_dora=True, target_modules=["q_proj", "lm_head", "embed_tokens"], modules_to_save=["norm"]),
+        "float32",
+    ),
+    "scores": ("llama", None, "float32"),
+    "scores beside lora, bfloat16": ("llama", LoRA(r=4), "bfloat16"),
+    "tied weight trained beside dora": ("gemma2", LoRA(r=4, use_dora=True, modules_to_save=["lm_head"]), "float32"),
 }
 
 
@@ -36,6 +46,8 @@ def build(case: str) -> PolicyModel:
         with torch.no_grad():
             for name, parameter in model.trainable_parameters():
                 parameter.fill_(0.02) if "lora_B" in name else None
+    if "scores" in case:
+        attach(model, Multi.model_validate({"heads": {"lm": {"type": "lm"}, "grade": {"type": "scalar"}}}), seed=0)
     keep_masters(model)
     model.train()
     recompute_layers(model, selective=True)
@@ -48,10 +60,12 @@ def step(model: PolicyModel, rows: list[list[list[int]]]) -> float:
     for documents in rows:
         block = pack(documents, 24)
         coefficients = block.loss_mask.float() / 37  # 37 trained tokens over all ranks
-        outputs = model(block, needs=frozenset({"weighted_nll"}), reads=block.loss_mask, coefficients=coefficients)
+        needs = frozenset({"weighted_nll", "scores"} if model.heads else {"weighted_nll"})
+        outputs = model(block, needs=needs, reads=block.loss_mask, coefficients=coefficients)
         assert outputs.weighted_nll is not None
-        outputs.weighted_nll.backward()
-        total += outputs.weighted_nll.item()
+        loss = outputs.weighted_nll + sum(scores.sum() / 37 for scores in outputs.scores.values())
+        loss.backward()
+        total += loss.item()
     return total
 
 
@@ -63,10 +77,10 @@ def one_of_two(rank: int, port: int, folder: str) -> None:
         for index, case in enumerate(CASES):
             model = build(case)
             shard(model, mesh, getattr(torch, CASES[case][2]))
-            assert len(fsdp_modules(model)) == 3
+            assert len(fsdp_modules(model)) == 3 + len(model.heads)
             (loss,) = mesh.sum_scalars([step(model, ROWS[rank : rank + 1])])
             found = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
-            exported = {name: tensor.clone() for name, tensor in model.hf_tensors(merge=True)}
+            exported = {name: tensor.clone() for name, tensor in model.hf_tensors(merge=True)} | model.head_tensors()
             if rank == 0:
                 torch.save((loss, found, exported), Path(folder) / f"{index}.pt")
         mesh.barrier()
@@ -97,7 +111,7 @@ def test_loss_gradients_and_export_are_those_of_one_rank(case: str, two_ranks: d
     assert loss == pytest.approx(expected, rel=1e-6 if exact else 1e-2)
     error, name = largest_difference(found, gradients)
     assert error < (2e-5 if exact else 0.1), name
-    whole_model = dict(model.hf_tensors(merge=True))
+    whole_model = dict(model.hf_tensors(merge=True)) | model.head_tensors()
     assert exported.keys() == whole_model.keys()
     for name, tensor in whole_model.items():
         assert torch.equal(exported[name], tensor), name

@@ -34,6 +34,18 @@ def test_attention_over_the_whole_row_is_found():
     assert "move the next one's logits" in (packing_leaks(model) or "")
 
 
+def test_a_model_that_does_not_see_a_shared_prompt_is_found():
+    model = PolicyModel.from_hf(tiny_model("llama"))
+    forward = model.backbone.forward
+
+    def deaf_to_prompts(*, documents, **options):
+        alone = torch.cat([documents[:, :2], torch.zeros_like(documents[:, 2:])], 1)
+        return forward(documents=alone, **options)
+
+    model.backbone.forward = deaf_to_prompts
+    assert "behind a shared prompt" in (packing_leaks(model) or "")
+
+
 def test_positions_that_do_not_restart_are_found():
     model = PolicyModel.from_hf(tiny_model("gpt2", n_embd=32, n_layer=2, n_head=4))
     assert packing_leaks(model, 100_000) is None  # its table of positions has 256 rows

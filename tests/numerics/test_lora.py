@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Any
-
 import pytest
 import torch
 
@@ -12,24 +9,11 @@ from burnish.errors import ModelError
 from burnish.model.adapters.lora import LoRA
 from burnish.model.parallel import recompute_layers
 from burnish.model.policy_model import PolicyModel
+from tests.lora_helpers import adapted, in_peft, move_off_zero
 from tests.policy_model_helpers import gradients, largest_difference, pack, packed_loss, plain_loss, random_documents
 from tests.tiny_models import FAMILIES, tiny_model
 
 DOCUMENTS = random_documents([11, 6, 3], 96)
-
-
-def adapted(family: str, lora: LoRA, *, seed: int = 0, **overrides: Any) -> PolicyModel:
-    model = PolicyModel.from_hf(tiny_model(family, **overrides))
-    lora.apply(model, seed=seed)
-    return model
-
-
-def move_off_zero(model: PolicyModel) -> None:
-    """What a few steps would do: B is no longer zero."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for _, parameter in model.trainable_parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -69,19 +53,10 @@ def test_initial_values_depend_on_seed_and_name_alone() -> None:
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
 def test_loss_and_gradients_equal_peft(family: str, recompute: bool) -> None:
-    from peft import get_peft_model
-
     lora = LoRA(r=4, lora_alpha=6)
     model = adapted(family, lora)
     move_off_zero(model)
-    plain = tiny_model(family)
-    theirs = get_peft_model(plain, lora.peft_config(PolicyModel.from_hf(copy.deepcopy(plain))))
-    base_names = {n.removeprefix("base_model.model."): p for n, p in theirs.named_parameters() if p.requires_grad}
-    ours = dict(model.trainable_parameters())
-    assert ours.keys() == base_names.keys()
-    with torch.no_grad():
-        for name, parameter in base_names.items():
-            parameter.copy_(ours[name])
+    theirs = in_peft(model, lora, family)
     model.train()
     if recompute:
         recompute_layers(model, selective=False)
@@ -115,18 +90,6 @@ def test_merged_weights_give_the_adapted_logits(family: str) -> None:
 
 def test_the_head_is_never_adapted() -> None:
     assert not [name for name, _ in adapted("llama", LoRA()).named_parameters() if "lm_head.lora" in name]
-
-
-def test_named_modules_only() -> None:
-    trained = adapted("llama", LoRA(target_modules=["q_proj", "mlp.up_proj"])).trainable_parameters()
-    assert {name.split(".lora_")[0].split(".", 3)[3] for name, _ in trained} == {"self_attn.q_proj", "mlp.up_proj"}
-
-
-def test_a_name_that_matches_nothing_is_refused_with_near_ones() -> None:
-    with pytest.raises(ModelError, match="no linear layer is called 'q_porj'") as caught:
-        adapted("llama", LoRA(target_modules=["v_proj", "q_porj"]))
-    assert caught.value.where == "model.adapter.target_modules"
-    assert "q_proj" in caught.value.cure
 
 
 def test_fused_experts_are_said_not_to_be_linear() -> None:

@@ -10,105 +10,32 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from burnish.model.head_chunks import Head
-from burnish.model.project import VECTORS, Reference, previous_token, project
-from burnish.types import Block, TokenOutputs, collate
+from burnish.model.project import previous_token, project
+from burnish.types import Block, Ranking, collate
+from tests.projection_helpers import HEADS, READ, UNREAD, Case, H, T, V, same_gradients
 
-T, H, V, K = 9, 5, 13, 3
-PREVIOUS = torch.tensor([-1, 0, 1, 2, -1, 4, 5, 5, -1])  # documents 0..4 and 4..7; token 7 hangs on 5; padding
-READS = torch.tensor([False, True, True, False, True, True, True, True, False])
-READ = [1, 2, 5, 6, 7]  # token 4 is marked and has nothing before it: it is passed over
-
-HEADS = {
-    "plain": {},
-    "softcap": {"softcap": 2.0},
-    "temperature and scale": {"temperature": 0.7, "logit_scale": 1.3},
-    "all of it": {"softcap": 1.5, "temperature": 1.4, "logit_scale": 0.8, "with_bias": True, "vocab_size": 10},
-}
-
-
-class Case:
-    """A small head in float64 whose logits exceed 1, so that a forgotten cap or scale shows."""
-
-    def __init__(self, *, dtype: torch.dtype = torch.float64, with_bias: bool = False, **head: float | int) -> None:
-        generator = torch.Generator().manual_seed(0)
-
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-        self.head = head
-        self.vocab_size = int(head.get("vocab_size", V))
-        self.hidden = draw(T, H).requires_grad_()
-        self.weight = draw(V, H).requires_grad_()
-        self.bias = draw(V).requires_grad_() if with_bias else None
-        self.ids = torch.randint(self.vocab_size, (T,), generator=generator)
-        self.topk_ids = torch.randint(self.vocab_size, (T, K), generator=generator)
-        self.coefficients = draw(T)
-        self.teacher = draw(T, H + 1), draw(V, H + 1)
-
-    @property
-    def leaves(self) -> list[Tensor]:
-        return [self.hidden, self.weight] + ([] if self.bias is None else [self.bias])
-
-    def reference(self, kind: str) -> Reference:
-        return Reference(*self.teacher, kind=kind, softcap=3.0)  # pyright: ignore[reportArgumentType]
-
-    def project(
-        self, *needs: str, kind: str = "forward", chunk: int = 2, leaves: list[Tensor] | None = None
-    ) -> TokenOutputs:
-        hidden, weight, *bias = leaves or self.leaves
-        return project(
-            hidden, weight, self.ids, READS, frozenset(needs), previous_T=PREVIOUS, coefficients_T=self.coefficients,
-            topk_ids_TK=self.topk_ids, reference=self.reference(kind), bias=bias[0] if bias else None, chunk=chunk,
-            **self.head,  # pyright: ignore[reportArgumentType]
-        )  # fmt: skip
-
-    def expected(self, kind: str = "forward") -> dict[str, Tensor]:
-        """The same by definition, from whole logits, at the tokens in READ."""
-
-        def log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, cap: float | None, scale: float) -> Tensor:
-            z = hidden[PREVIOUS[READ]] @ weight.t() + (0 if bias is None else bias)
-            z = scale * z
-            z = cap * torch.tanh(z / cap) if cap else z
-            return (z[:, : self.vocab_size] / self.head.get("temperature", 1.0)).log_softmax(1)
-
-        log_p = log_softmax(
-            self.hidden, self.weight, self.bias, self.head.get("softcap"), self.head.get("logit_scale", 1.0)
-        )
-        log_q = log_softmax(*self.teacher, None, 3.0, 1.0)
-        logprobs = log_p.gather(1, self.ids[READ, None]).squeeze(1)
-        kl = {"forward": log_q.exp() * (log_q - log_p), "reverse": log_p.exp() * (log_p - log_q)}[kind]
-        return {
-            "weighted_nll": -(self.coefficients[READ] * logprobs).sum(),
-            "logprobs": logprobs,
-            "entropy": -(log_p.exp() * log_p).sum(1),
-            "topk_logprobs": log_p.gather(1, self.topk_ids[READ]),
-            "full_kl": kl.sum(1),
-        }
+VECTORS = ("candidate_logits", "entropy", "hidden_states", "logprobs", "topk_logprobs")
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("kind", ["forward", "reverse"])
-@pytest.mark.parametrize("need", sorted(VECTORS))
-def test_vectors_and_their_gradients_are_those_of_whole_logits(need: str, kind: str, head: str) -> None:
+@pytest.mark.parametrize("need", VECTORS)
+def test_vectors_and_their_gradients_are_those_of_whole_logits(need: str, head: str) -> None:
     case = Case(**HEADS[head])
-    vector = getattr(case.project(need, kind=kind), need)
-    expected = case.expected(kind)[need]
+    vector = getattr(case.project(need), need)
+    expected = case.expected()[need]
     torch.testing.assert_close(vector[READ], expected, rtol=1e-12, atol=1e-13)
-    assert not vector[[0, 3, 4, 8]].any()
+    assert not vector[UNREAD].any()
 
     towards = torch.randn_like(expected)
-    ours = torch.autograd.grad((vector[READ] * towards).sum(), case.leaves)
-    theirs = torch.autograd.grad((expected * towards).sum(), case.leaves)
-    for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-12)
+    same_gradients((vector[READ] * towards).sum(), (expected * towards).sum(), case.leaves)
 
 
-@pytest.mark.parametrize("kind", ["forward", "reverse"])
-@pytest.mark.parametrize("need", sorted(VECTORS))
-def test_gradcheck(need: str, kind: str) -> None:
+@pytest.mark.parametrize("need", VECTORS)
+def test_gradcheck(need: str) -> None:
     case = Case(**HEADS["all of it"])
+    leaves = case.leaves[:1] if need == "hidden_states" else case.leaves
     assert torch.autograd.gradcheck(
-        lambda *leaves: getattr(case.project(need, kind=kind, leaves=list(leaves)), need), case.leaves
+        lambda *moved: getattr(case.project(need, leaves=[*moved, *case.leaves[len(moved) :]]), need), leaves
     )
 
 
@@ -119,21 +46,17 @@ def test_weighted_nll_and_its_gradient_are_those_of_whole_logits(head: str) -> N
     assert total is not None
     expected = case.expected()["weighted_nll"]
     torch.testing.assert_close(total, expected, rtol=1e-12, atol=0)
-    ours = torch.autograd.grad(total * 0.25, case.leaves)
-    theirs = torch.autograd.grad(expected * 0.25, case.leaves)
-    for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-12)
+    same_gradients(total * 0.25, expected * 0.25, case.leaves)
 
 
-@pytest.mark.parametrize("kind", ["forward", "reverse"])
-def test_every_need_in_one_pass_and_any_chunk(kind: str) -> None:
-    needs = ("weighted_nll", *sorted(VECTORS))
+def test_every_need_in_one_pass_and_any_chunk() -> None:
+    needs = ("weighted_nll", *VECTORS)
     case = Case(**HEADS["all of it"])
 
     def gradients(chunk: int, needs: tuple[str, ...]) -> list[Tensor]:
-        outputs = case.project(*needs, kind=kind, chunk=chunk)
+        outputs = case.project(*needs, chunk=chunk)
         total = torch.stack([getattr(outputs, need).square().sum() for need in needs]).sum()
-        return [total, *torch.autograd.grad(total, case.leaves)]
+        return [total, *torch.autograd.grad(total, case.leaves, materialize_grads=True)]
 
     whole = gradients(100, needs)
     alone = [gradients(100, (need,)) for need in needs]
@@ -191,18 +114,14 @@ def test_without_grad_the_head_runs_once() -> None:
     torch.testing.assert_close(outputs.weighted_nll, -(case.coefficients * logprobs).sum())
 
 
-@pytest.mark.parametrize("need", ["weighted_nll", *sorted(VECTORS)])
+@pytest.mark.parametrize("need", ["weighted_nll", *VECTORS])
 def test_a_block_where_nothing_is_read_still_has_a_graph(need: str) -> None:
     case = Case(**HEADS["all of it"])
-    value = project(
-        case.hidden, case.weight, case.ids, torch.zeros(T, dtype=torch.bool), frozenset({need}), previous_T=PREVIOUS,
-        coefficients_T=case.coefficients, topk_ids_TK=case.topk_ids, reference=case.reference("forward"),
-        bias=case.bias,
-    )  # fmt: skip
-    getattr(value, need).sum().backward()
-    for leaf in case.leaves:
-        assert leaf.grad is not None and not leaf.grad.any()
-    assert not getattr(value, need).any()
+    value = getattr(case.project(need, reads=torch.zeros(T, dtype=torch.bool)), need)
+    leaves = case.leaves[:1] if need == "hidden_states" else case.leaves
+    for gradient in torch.autograd.grad(value.sum(), leaves):
+        assert not gradient.any()
+    assert not value.any()
 
 
 def test_bfloat16_heads_reduce_in_float32() -> None:
@@ -240,6 +159,60 @@ def test_weighted_nll_refuses_a_second_backward() -> None:
     total.backward(retain_graph=True)
     with pytest.raises(AssertionError, match="second backward"):
         total.backward()
+
+
+def test_bfloat16_candidates_of_one_id_add_up_in_float32() -> None:
+    """400 tokens of one id: its row's gradient adds up 400 states of 1, which bfloat16 would end at 256."""
+    hidden = torch.ones(401, 1, dtype=torch.bfloat16)
+    weight = torch.zeros(3, 1, dtype=torch.bfloat16, requires_grad=True)
+    ids, reads, previous = torch.zeros(401, dtype=torch.int64), torch.arange(401) > 0, torch.arange(-1, 400)
+    outputs = project(hidden, weight, ids, reads, frozenset({"candidate_logits"}), previous_T=previous,
+                      candidates_K=torch.tensor([2, 2]))  # fmt: skip
+    assert outputs.candidate_logits is not None and outputs.candidate_logits.dtype == torch.float32
+    gradient = torch.autograd.grad(outputs.candidate_logits.sum(), weight)[0]
+    assert gradient.flatten().tolist() == [400.0, 0.0, 800.0]
+
+
+RANKED = torch.tensor(
+    [[3.0], [1.0], [2.0], [2.0], [0.0], [9.0]]
+)  # logits of ids 0..5 where the state is 1; 5 is padding
+
+
+@pytest.mark.parametrize(
+    ("ranking", "expected"),
+    [
+        # token 1 is id 2: above it id 0; id 3 ties. Token 2 is id 1: above it 0, 2, 3. Token 4 is id 4: the last of 5.
+        (Ranking(), [0, 1.5, 3, 0, 4, 0]),
+        # the same without what stood before: token 1 has seen 0; token 2 has seen 0 and 2; token 4 has seen 3.
+        (Ranking(exclude_seen=True), [0, 0.5, 1, 0, 3, 0]),
+        # only 1, 2 and 3 compete, and a token's own id always does: token 4 stands below all three.
+        (Ranking(among=torch.tensor([False, True, True, True, False, True])), [0, 0.5, 2, 0, 3, 0]),
+        (Ranking(torch.tensor([False, True, True, True, False, True]), True), [0, 0.5, 1, 0, 2, 0]),
+    ],
+)
+@pytest.mark.parametrize("chunk", [1, 256])
+def test_ranks_count_what_is_likelier_and_half_of_what_ties(
+    ranking: Ranking, expected: list[float], chunk: int
+) -> None:
+    block = _block([(0, 3, 0, 0), (3, 5, 0, 0)], 6)  # ids 0 2 1 | 3 4
+    block.token_ids = torch.tensor([0, 2, 1, 3, 4, 0])
+    outputs = project(
+        torch.ones(6, 1), RANKED, block.token_ids, block.loss_mask, frozenset({"ranks"}), ranking=ranking, block=block,
+        previous_T=previous_token(block), vocab_size=5, chunk=chunk,
+    )  # fmt: skip
+    assert outputs.ranks is not None and outputs.ranks.tolist() == expected
+
+
+def test_a_token_that_comes_again_is_ranked_and_a_shared_prefix_counts_as_seen() -> None:
+    # prompt ids 0 2, completion ids 3 2: token 2 (id 3) has seen 0 and 2, none is left above it; token 3 is id 2 again,
+    # which stays in the running: 0 is seen, 3 (which ties) is seen, nothing is above.
+    block = _block([(0, 2, 0, 0), (2, 4, 0, 2)], 4)
+    block.token_ids = torch.tensor([0, 2, 3, 2])
+    outputs = project(
+        torch.ones(4, 1), RANKED, block.token_ids, block.loss_mask, frozenset({"ranks"}), block=block,
+        ranking=Ranking(exclude_seen=True), previous_T=previous_token(block), vocab_size=5,
+    )  # fmt: skip
+    assert outputs.ranks is not None and outputs.ranks.tolist() == [0, 0.5, 0, 0]
 
 
 def _block(documents: list[tuple[int, int, int, int]], length: int) -> Block:

@@ -8,32 +8,19 @@ import pytest
 from burnish.data.renderers.chat import Chat
 from burnish.errors import DataError
 from burnish.types import Row
-from tests.chat_helpers import CHATML, assistant, byte_level, mask_of, refusal_of, render_one, row, shown, user
+from tests.chat_helpers import (
+    CHATML,
+    THINKING,
+    assistant,
+    byte_level,
+    mask_of,
+    refusal_of,
+    render_one,
+    row,
+    shown,
+    user,
+)
 
-THINKING = """\
-{%- set ns = namespace(last=-1) %}
-{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}
-{%- for m in messages %}
-    {{- '<|im_start|>' + m.role + '\n' }}
-    {%- if m.role == 'assistant' %}
-        {%- set content = m.content or '' %}
-        {%- set thought = m.reasoning_content or '' %}
-        {%- if '</think>' in content %}
-            {%- set thought = content.split('</think>')[0].split('<think>')[-1].strip() %}
-            {%- set content = content.split('</think>')[-1].lstrip('\n') %}
-        {%- endif %}
-        {%- if loop.index0 > ns.last and thought %}{{- '<think>\n' + thought + '\n</think>\n\n' }}{%- endif %}
-        {{- content }}
-        {%- for call in m.tool_calls or [] %}
-            {{- '<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' }}
-            {{- call.function.arguments | tojson }}{{- '}\n</tool_call>' }}
-        {%- endfor %}
-    {%- else %}
-        {{- m.content }}
-    {%- endif %}
-    {{- '<|im_end|>\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
 CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "map", "n": 2}}}
 
 

@@ -94,7 +94,7 @@ def test_a_misspelt_type_is_named_with_the_nearest(holder):
 
 
 def test_a_value_that_is_no_block_is_refused_with_an_example(holder):
-    assert reason(holder, {"shape": 3}) == "expected a block such as {type: broken}"
+    assert reason(holder, {"shape": 3}) == "expected a block such as {type: square}"
 
 
 def test_errors_inside_a_component_carry_the_whole_path(holder):

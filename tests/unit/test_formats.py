@@ -172,7 +172,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "columns:",
     ),
     ({}, "unknown format: the row has no columns", "columns:"),
-    ({"prompt": "a", "chosen": "b", "rejected": "c"}, "the row has prompt, chosen, rejected", "columns:"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, "the row has prompt, chosen, rejected", "{type: preference}"),
     (
         {"messages": [USER, ASSISTANT], "text": "2+2? 4"},
         "in 2 formats at once: messages | text",

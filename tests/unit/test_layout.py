@@ -50,3 +50,30 @@ def test_an_empty_row_looks_like_the_others_and_holds_nothing() -> None:
     assert (empty.document_ids == -1).all() and (empty.group_ids == -1).all()
     assert empty.columns["weight"].tolist() == [0.0] * 5 and empty.columns["turn"].tolist() == [0] * 8
     assert empty.num_documents == 0
+
+
+def test_a_shared_prompt_stands_before_both_answers() -> None:
+    def part(ids: list[int], mask: list[int], preference: int, prefix: int | None) -> Sample:
+        columns = {"preference": np.array(preference, np.float32)}
+        return Sample(np.array(ids, np.int32), np.array(mask, bool), "a:1", columns, prefix)
+
+    single = Group((part([5, 6], [0, 1], 0, None),))
+    pair = Group((part([7, 8, 9], [0, 0, 0], 0, None), part([1, 2], [1, 1], 1, 0), part([3], [1], -1, 0)))
+    block = layout([single, pair, pair], row_length=16, num_documents=8)
+
+    assert block.token_ids.tolist() == [5, 6, 7, 8, 9, 1, 2, 3, 7, 8, 9, 1, 2, 3, 0, 0]
+    assert block.position_ids.tolist() == [0, 1, 0, 1, 2, 3, 4, 3, 0, 1, 2, 3, 4, 3, 0, 0]
+    assert block.document_ids.tolist() == [0, 0, 1, 1, 1, 2, 2, 3, 4, 4, 4, 5, 5, 6, -1, -1]
+    assert block.documents.tolist() == [
+        [0, 2, 0, 0],
+        [2, 5, 0, 0],
+        [5, 7, 2, 5],
+        [7, 8, 2, 5],
+        [8, 11, 0, 0],
+        [11, 13, 8, 11],
+        [13, 14, 8, 11],
+        [0, 0, 0, 0],
+    ]
+    assert block.group_ids.tolist() == [0, 1, 1, 1, 2, 2, 2, -1]
+    assert block.columns["preference"].tolist() == [0, 0, 1, -1, 0, 1, -1, 0]
+    assert block.loss_mask.tolist() == [False, True, *[False] * 3, *[True] * 3, *[False] * 3, *[True] * 3, False, False]

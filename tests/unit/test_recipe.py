@@ -88,7 +88,8 @@ def test_all_schema_errors_at_once_in_the_order_of_the_file(recipe_file):
         "r.yaml: run_dir: is missing [add `run_dir`: Folder of the run: recipe, metrics, checkpoints, export]",
         "r.yaml:2: model.path: should be text, not a list",
         "r.yaml:3: model.adapter.target_modules.1: should be text, not 3",
-        "r.yaml:3: model.adapter.rank: unknown key [known here: type, r, lora_alpha, lora_dropout, target_modules]",
+        "r.yaml:3: model.adapter.rank: unknown key [known here: type, r, lora_alpha, lora_dropout, use_rslora, "
+        "use_dora, target_modules, layers_to_transform, modules_to_save]",
         "r.yaml:5: data.train.0.path: is missing [add `path`: A file, a folder of *.jsonl, a glob such as "
         "`data/part-*.jsonl`, or a URL that fsspec reads (`s3://...`)]",
         "r.yaml:5: data.train.0.pth: unknown key [did you mean `path`?]",
@@ -116,9 +117,9 @@ def test_all_schema_errors_at_once_in_the_order_of_the_file(recipe_file):
         ("model=x", "model: should be a block of keys, not 'x' (text)"),
         ("track=tensorboard", "track: should be a list, not 'tensorboard' (text) [write [tensorboard]]"),
         ("model.dtype=fp32", "model.dtype: should be 'float32'"),
-        ("model.adapter.target_modules=3", "model.adapter.target_modules: should be 'all-linear' or a list, not 3"),
+        ("model.adapter.target_modules=3", "model.adapter.target_modules: should be text or a list, not 3"),
         ("optimizer.lr=1", "optimizer.lr: unknown key [that is `optimizer.learning_rate` here]"),
-        ("model.adapter={r: 4}", "model.adapter: the key `type` is missing; one of: lora, module:Class"),
+        ("model.adapter={r: 4}", "model.adapter: the key `type` is missing; one of: lora, qlora, module:Class"),
         ("workflow.loss=nll", "workflow.loss: expected a block such as {type: nll}"),
         ("data.train=[]", "data.train: List should have at least 1 item"),
     ],

@@ -6,7 +6,7 @@ import itertools
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from burnish.commands._sizes import NumParameters
     from burnish.data.renderers.base import LiveRenderer
     from burnish.data.sources.base import RowShards, RowTable, Source
+    from burnish.launch.local import Texts
+    from burnish.model.config import ModelConfig
+    from burnish.policy.answers import Answers
     from burnish.recipe import Recipe
-    from burnish.types import Rendered, Row
+    from burnish.types import NewTokens, Rendered, Row
 
 RENDER_BATCH = 256
 """Rows tokenised together."""
@@ -60,18 +63,23 @@ class Seen:
     num_rows: int = 0
     num_untrained: int = 0
     lengths: list[int] = field(default_factory=list)
-    """Tokens of each document that would be trained on."""
+    """Tokens of each group that would be trained on."""
+    longest: int = 0
+    """Tokens of the longest document."""
     fates: Counter[str] = field(default_factory=Counter)
     refusals: list[DataError] = field(default_factory=list)
 
     def add(self, rendered: Rendered) -> None:
         """Counts one row."""
+        from burnish.data.length import longest_document
+
         self.num_rows += 1
         self.fates += rendered.fates
         if rendered.refusal is not None:
             self.refusals.append(rendered.refusal)
         elif rendered.group is not None:
             self.lengths.append(len(rendered.group))
+            self.longest = max(self.longest, longest_document(rendered.group))
             self.num_untrained += not any(sample.loss_mask.any() for sample in rendered.group.samples)
 
 
@@ -86,7 +94,12 @@ class Preflight:
         self.tables: dict[str, RowTable | RowShards] = {}
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.hf_config: PretrainedConfig | None = None
+        self.new_tokens: NewTokens | None = None
         self.seen: dict[str, Seen] = {}
+        self.kept: Answers | None = None
+        """What a teacher said about the data, where the recipe names a cache."""
+        self.beside: ModelConfig | None = None
+        """The second model in memory, if there is one."""
 
     def findings(self) -> Iterator[Finding]:
         """Every line of the report, in the order of what it costs to find out."""
@@ -129,42 +142,53 @@ class Preflight:
 
     def model(self) -> Iterator[Finding]:
         """Whether model and tokenizer are there and agree."""
+        from burnish.model.fresh import for_tokenizer
         from burnish.model.load import load_config
 
         model = self.recipe.model
-        try:
-            hf_config = self.hf_config = load_config(model)
-            yield Finding("model", "ok", f"{model.path}: {hf_config.model_type}, {model.dtype}")
-        except UserError as error:
-            yield Finding.refusal("model", error)
+        unusable: UserError | None = None
         try:
             tokenizer = self.recipe.data.tokenizer.open(model.path, model.revision)
+            self.new_tokens = self.recipe.data.tokenizer.extend(tokenizer)
+            self.tokenizer = tokenizer
+            model = for_tokenizer(model, tokenizer)
         except UserError as error:
-            yield Finding.refusal("tokenizer", error)
+            unusable = error
+        try:
+            hf_config = self.hf_config = load_config(model)
+            yield Finding("model", "ok", f"{model.name}: {hf_config.model_type}, {model.dtype}")
+        except UserError as error:
+            yield Finding.refusal("model", error)
+        if unusable is not None:
+            yield Finding.refusal("tokenizer", unusable)
+        if self.hf_config is None or self.tokenizer is None:
             return
-        self.tokenizer = tokenizer
-        if self.hf_config is None:
-            return
+        tokenizer = self.tokenizer
         rows = self.hf_config.get_text_config().vocab_size
         template = "a chat template" if tokenizer.chat_template else "no chat template"
-        yield Finding("tokenizer", "ok", f"{len(tokenizer):,} ids in {rows:,} embedding rows, {template}")
+        new = "" if self.new_tokens is None else f" ({len(self.new_tokens.sources):,} new)"
+        yield Finding("tokenizer", "ok", f"{len(tokenizer):,} ids{new} in {rows:,} embedding rows, {template}")
 
     def masks(self) -> Iterator[Finding]:
         """Renders rows of every source: what is trained, what does not fit, what cannot be used."""
+        from burnish.launch.local import Texts
+        from burnish.launch.second import student_of
         from burnish.model.load import require_embeddings
 
         if self.tokenizer is None:
             return
         try:
-            renderer = self.recipe.data.renderer.open(self.tokenizer)
+            renderer = self.recipe.data.renderer.open(self.tokenizer, self.recipe.row_format())
         except UserError as error:
             yield Finding.refusal("masks", error)
             return
         if self.hf_config is not None:
+            texts = Texts(self.tokenizer, renderer, self.new_tokens)
             try:
-                require_embeddings(self.hf_config, self.tokenizer, renderer.chat_template)
+                require_embeddings(student_of(self.recipe, texts).vocab_size, self.tokenizer, renderer.chat_template)
             except UserError as error:
                 yield Finding.refusal("tokenizer", error)
+            yield from self._second(texts)
         yield from _template(renderer)
         for name, table in self.tables.items():
             seen = self.seen[name] = self._render(table, renderer)
@@ -174,22 +198,58 @@ class Preflight:
                 yield Finding.refusal("masks", error)
             if len(seen.refusals) > MAX_REFUSALS:
                 yield Finding("masks", "refused", f"{name}: and {len(seen.refusals) - MAX_REFUSALS} rows more")
+        if len(self.tables) == len(self.sources):
+            yield from self._one_sided()
+
+    def _second(self, texts: Texts) -> Iterator[Finding]:
+        """Whether reference or teacher is there and speaks the same tokens."""
+        from burnish.launch.second import student_of
+
+        second = self.recipe.workflow.second()
+        if second is None:
+            return
+        try:
+            student = student_of(self.recipe, texts)
+            text = second.agree(student, self.recipe.workflow.losses())
+            self.kept, self.beside = second.kept(), second.beside(student)
+        except UserError as error:
+            yield Finding.refusal("second", error)
+        else:
+            yield Finding("second", "ok", f"compared with {text}")
+
+    def _one_sided(self) -> Iterator[Finding]:
+        """Whether answers marked good or bad are all of one kind."""
+        from burnish.data.one_sided import refuse_one_sided
+
+        try:
+            refuse_one_sided(self.recipe.data, self.recipe.row_format())
+        except UserError as error:
+            yield Finding.refusal("masks", error)
 
     def _render(self, table: RowTable | RowShards, renderer: LiveRenderer) -> Seen:
         from burnish.data.length import fit_length
 
         seen, data = Seen(), self.recipe.data
+        row_length = data.packing.tokens_per_row(data.max_length)
         for rows in _batches(table, self.num_rows, seen.refusals):
             for rendered in renderer.render(rows):
-                seen.add(fit_length(rendered, data.max_length, data.over_length))
+                fitted = fit_length(rendered, data.max_length, data.over_length, row_length)
+                try:
+                    if self.kept is not None and fitted.group is not None:
+                        self.kept.require(fitted.group)
+                except DataError as error:
+                    fitted = replace(fitted, refusal=error)
+                seen.add(fitted)
         return seen
 
     def _shares(self, name: str, seen: Seen, *, whole: bool) -> Finding:
         tokens = max(seen.fates.total(), 1)
         shares = ", ".join(f"{count / tokens:.1%} {fate}" for fate, count in seen.fates.most_common())
         rows = f"{'all' if whole else 'the first'} {seen.num_rows:,}"
-        longest = f"; longest {max(seen.lengths):,} of {self.recipe.data.max_length:,}" if seen.lengths else ""
+        longest = f"; longest {seen.longest:,} of {self.recipe.data.max_length:,}" if seen.lengths else ""
         text = f"{name}: {rows} rows, {seen.fates.total():,} tokens: {shares}{longest}"
+        if self.recipe.row_format().kind == "labelled" and seen.lengths:
+            return Finding("masks", "ok", text)  # a head reads them, with or without a trained token
         if not seen.fates["trained"]:
             return Finding("masks", "refused", f"{text}; no token is trained", "`burnish data` shows the rendered rows")
         if seen.num_untrained:
@@ -215,6 +275,9 @@ class Preflight:
             f"a step: {recipe.global_batch_size} rows x {row_length:,} = {tokens:,} tokens, {fill:.1%} filled, about "
             f"{documents:,.0f} documents and {tokens * fill * trained:,.0f} trained tokens",
         )
+        if recipe.workflow.type == "embedding" and documents < 2:
+            text = f"a step holds about {documents:.1f} queries: few documents that each is to be told apart from"
+            yield Finding("batch", "warning", text, "raise global_batch_size")
         total = 0.0
         for name, seen in train.items():
             table = self.tables[name]
@@ -229,7 +292,11 @@ class Preflight:
             return
         from burnish.commands import _sizes
 
-        num_parameters = _sizes.count_parameters(self.recipe.model, self.hf_config)
+        try:
+            num_parameters = _sizes.count_parameters(self.recipe.model, self.hf_config)
+        except UserError as error:
+            yield Finding.refusal("model", error)
+            return
         yield Finding("model", "ok", f"{num_parameters.all:,} parameters, {num_parameters.trained:,} of them trained")
         need = _sizes.disk_bytes(self.recipe, num_parameters)
         folder = Path(self.recipe.run_dir).absolute()
@@ -243,9 +310,13 @@ class Preflight:
 
     def _memory(self, num_parameters: NumParameters) -> Iterator[Finding]:
         from burnish.commands import _sizes
+        from burnish.model.load import load_config
 
         assert self.hf_config is not None
         parts = _sizes.memory_bytes(self.recipe, self.hf_config, num_parameters)
+        if self.beside is not None:
+            count, size = _sizes.count_parameters(self.beside, load_config(self.beside)).all, self.beside.dtype
+            parts["second"] = (count * _sizes.DTYPE_BYTES[size], f"{count:,} frozen in {size}, of {self.beside.name}")
         place, available = _sizes.available_memory()
         need = sum(size for size, _ in parts.values())
         for name, (size, formula) in parts.items():

@@ -7,9 +7,6 @@ import os
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import nn
     from transformers import PretrainedConfig
 
     from burnish.model.config import ModelConfig
@@ -29,6 +26,10 @@ class NumParameters(NamedTuple):
 
     all: int
     trained: int
+    packed: int = 0
+    """Frozen ones that are held in `Adapter.frozen_bytes` each."""
+    trains_head: bool = True
+    """Of the language model."""
 
 
 def show(num_bytes: float) -> str:
@@ -61,28 +62,31 @@ def epoch(recipe: Recipe, sources: list[tuple[float, list[int]]]) -> tuple[int, 
 
 
 def count_parameters(model: ModelConfig, hf_config: PretrainedConfig) -> NumParameters:
-    """Counted on the meta device: nothing is allocated."""
+    """Counted on the meta device, where adapter and heads are applied: no weight is allocated.
+
+    Raises:
+        ModelError: adapter or head cannot be: see `Adapter.apply` and `heads.attach`.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
+    from burnish.model.heads.attach import attach
+    from burnish.model.policy_model import PolicyModel
+
     with torch.device("meta"):
         module = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=model.trust_remote_code)
-    base = sum(parameter.numel() for parameter in module.parameters())
-    if model.adapter is None:
-        return NumParameters(base, base)
-    added = adapter_parameters(module, getattr(model.adapter, "r", 0), getattr(model.adapter, "target_modules", []))
-    return NumParameters(base + added, added)
-
-
-def adapter_parameters(module: nn.Module, r: int, target_modules: str | Sequence[str]) -> int:
-    """Of low-rank adapters: r (in + out) for each linear layer that is named, or for all but the head."""
-    import torch
-
-    head = module.get_output_embeddings()  # pyright: ignore[reportCallIssue]
-    linear = {name: m for name, m in module.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
-    if target_modules != "all-linear":
-        linear = {name: m for name, m in linear.items() if name.rpartition(".")[2] in target_modules}
-    return sum(r * (m.in_features + m.out_features) for m in linear.values())
+    policy, adapter = PolicyModel(module), model.adapter
+    linear = [m.weight for m in policy.backbone.modules() if isinstance(m, torch.nn.Linear)]
+    if adapter is not None:
+        adapter.apply(policy, seed=0)
+    attach(policy, model.head, seed=0)
+    counts = [(parameter.numel(), parameter.requires_grad) for parameter in policy.parameters()]
+    return NumParameters(
+        all=sum(count for count, _ in counts),
+        trained=sum(count for count, trains in counts if trains),
+        packed=sum(weight.numel() for weight in linear) if adapter and adapter.frozen_bytes is not None else 0,
+        trains_head=any(parameter.requires_grad for parameter in policy.head.parameters()),
+    )
 
 
 def disk_bytes(recipe: Recipe, num_parameters: NumParameters) -> int:
@@ -108,12 +112,15 @@ def memory_bytes(recipe: Recipe, hf_config: PretrainedConfig, count: NumParamete
         "selective": (layers * products + whole, "layers x (2 hidden + 2 q + 2 kv + 2 inner) + one whole layer"),
         "full": (layers * hidden + whole, "layers x hidden + one whole layer"),
     }[recipe.model.activation_checkpointing]
-    chunk = min(recipe.model.projection_chunk, tokens)
-    trains_head, frozen = recipe.model.adapter is None, count.all - count.trained
+    reads_tokens = any(part.makes == "tokens" for part in recipe.model.head.parts().values())
+    chunk = min(recipe.model.projection_chunk, tokens) if reads_tokens else 0
+    trains_head, frozen = count.trains_head and reads_tokens, count.all - count.trained - count.packed
+    packed_bytes = (recipe.model.adapter and recipe.model.adapter.frozen_bytes) or 0
+    packed = f"{count.packed:,} in four bits x {packed_bytes} bytes + " if count.packed else ""
     return {
         "weights": (
-            size * frozen + MASTER_BYTES * count.trained,
-            f"{frozen:,} frozen x {size} bytes + {count.trained:,} trained x {MASTER_BYTES}",
+            round(packed_bytes * count.packed) + size * frozen + MASTER_BYTES * count.trained,
+            f"{packed}{frozen:,} frozen x {size} bytes + {count.trained:,} trained x {MASTER_BYTES}",
         ),
         "gradients": (MASTER_BYTES * count.trained, f"{count.trained:,} trained x {MASTER_BYTES}"),
         "optimizer": (2 * MASTER_BYTES * count.trained, f"two moments x {count.trained:,} x {MASTER_BYTES}"),

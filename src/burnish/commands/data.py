@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing
 from itertools import chain, groupby, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,14 +19,16 @@ if TYPE_CHECKING:
 
     from burnish.data.config import DataConfig
     from burnish.data.ledger import Ledger
-    from burnish.types import Block
+    from burnish.types import Block, RowFormat, RowKind
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What a person can type after `burnish data`."""
     parser.add_argument("recipe", metavar="RECIPE|RUN", help="a YAML file, or a run folder")
     parser.add_argument("overrides", metavar="key.path=value", nargs="*", help="changes to the recipe; values are YAML")
-    parser.add_argument("-n", type=count, default=3, metavar="N", help="samples to show, in training order (default 3)")
+    parser.add_argument(
+        "-n", type=count, default=3, metavar="N", help="samples (or pairs) to show, in training order (default 3)"
+    )
     parser.add_argument("--split", choices=("train", "eval"), default="train")
     parser.add_argument(
         "--format",
@@ -37,14 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Shows samples one by one, then the ledger of the packed rows they came from, even where a row was refused."""
+    """Shows samples one by one, or pair by pair, then the ledger of their packed rows, even where a row was refused."""
     from burnish.data.stream import eval_blocks, open_stream
+    from burnish.launch.local import open_texts
     from burnish.recipe import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
-    tokenizer = recipe.data.tokenizer.open(recipe.model.path, recipe.model.revision)
-    renderer = recipe.data.renderer.open(tokenizer)
-    display = JsonDisplay(tokenizer) if args.format == "json" else TextDisplay(tokenizer)
+    tokenizer, renderer, _ = open_texts(recipe)
+    row_format = recipe.row_format()
+    display = JsonDisplay(tokenizer) if args.format == "json" else TextDisplay(tokenizer, row_format)
     with ExitStack() as stack:
         if args.split == "eval":
             ledger = _eval_ledger(recipe.data)
@@ -54,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
             stream = stack.enter_context(closing(opened))
             blocks, report = chain.from_iterable(iter(lambda: stream.take(1), [])), stream.ledger
         try:
-            display.show(islice(documents(blocks), args.n))
+            display.show(islice(groups(blocks, row_format.kind), args.n))
         finally:
             display.ledger(report())
     return 0
@@ -77,13 +80,62 @@ class Document(NamedTuple):
     source: str
     row: int
     """The packed row that it is in; 0 is the first."""
+    group: int
+    """Its group in the row: the documents of one group came from one row of the source."""
+    part: str
+    """What it is in its group, `chosen`; empty where groups are single documents."""
+    prefix: int
+    """Tokens of the shared prompt that it stands behind."""
+    columns: dict[str, Any]
+    """A number a document, or a list with one a token; None for what the row does not say."""
 
 
-def documents(blocks: Iterator[Block]) -> Iterator[Document]:
-    """The samples of packed rows, in order."""
+def groups(blocks: Iterator[Block], kind: RowKind) -> Iterator[list[Document]]:
+    """The groups of packed rows, in order."""
     for row, block in enumerate(blocks):
-        for (start, end, *_), source in zip(block.documents.tolist(), block.sample_ids, strict=False):
-            yield Document(block.token_ids[start:end].tolist(), block.loss_mask[start:end].tolist(), source, row)
+        for _, group in groupby(list(documents(block, row, kind)), key=lambda document: document.group):
+            yield list(group)
+
+
+def documents(block: Block, row: int, kind: RowKind) -> Iterator[Document]:
+    """The samples of a packed row, in order."""
+    of_tokens = {name for name, column in block.columns.items() if len(column) == block.num_tokens}
+    for index, source in enumerate(block.sample_ids):
+        start, end, prefix_start, prefix_end = block.documents[index].tolist()
+        columns = {
+            name: [_said(value) for value in column[start:end].tolist()] if name in of_tokens else _said(column[index])
+            for name, column in block.columns.items()
+        }
+        yield Document(
+            token_ids=block.token_ids[start:end].tolist(),
+            loss_mask=block.loss_mask[start:end].tolist(),
+            source=source,
+            row=row,
+            group=int(block.group_ids[index]),
+            part=_part(kind, columns),
+            prefix=prefix_end - prefix_start,
+            columns=columns,
+        )
+
+
+def _said(value: Any) -> float | None:
+    number = float(value)
+    return None if number != number else number
+
+
+_PARTS: dict[str, tuple[str, dict[float, str]]] = {
+    "preference": ("preference", {1: "chosen", -1: "rejected", 0: "prompt"}),
+    "unpaired": ("preference", {1: "desirable", -1: "undesirable"}),
+    "retrieval": ("role", {0: "query", 1: "positive", 2: "negative"}),
+}
+"""Kind of row -> the column that tells its documents apart, and their names."""
+
+
+def _part(kind: RowKind, columns: dict[str, Any]) -> str:
+    if kind not in _PARTS:
+        return ""
+    column, names = _PARTS[kind]
+    return names[columns[column]]
 
 
 class JsonDisplay:
@@ -92,11 +144,10 @@ class JsonDisplay:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
 
-    def show(self, shown: Iterator[Document]) -> None:
-        for document in shown:
-            token_ids, loss_mask, source, row = document
-            tokens = self._tokenizer.convert_ids_to_tokens(token_ids)
-            _line({"token_ids": token_ids, "tokens": tokens, "loss_mask": loss_mask, "source": source, "row": row})
+    def show(self, shown: Iterable[list[Document]]) -> None:
+        for document in chain.from_iterable(shown):
+            tokens = self._tokenizer.convert_ids_to_tokens(document.token_ids)
+            _line({"tokens": tokens, **document._asdict()})
 
     def ledger(self, report: dict[str, Any]) -> None:
         _line({"ledger": report})
@@ -109,22 +160,41 @@ def _line(value: dict[str, Any]) -> None:
 class TextDisplay:
     """For people: trained tokens in green on a terminal, as [[trained]] in a pipe."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, row_format: RowFormat) -> None:
         from rich.console import Console
 
-        self._tokenizer = tokenizer
+        self._tokenizer, self._row_format = tokenizer, row_format
         self._console: Console = Console(highlight=False, soft_wrap=True)
 
-    def show(self, shown: Iterator[Document]) -> None:
+    def show(self, shown: Iterable[list[Document]]) -> None:
         from rich.text import Text
 
-        for document in shown:
-            trained = sum(document.loss_mask)
-            title = (
-                f"{document.source} | packed row {document.row} | {len(document.token_ids)} tokens, {trained} trained"
-            )
-            self._console.print(Text(title, style="bold"))
-            self._console.print(self._rendered(document), end="\n\n")
+        for group in shown:
+            for document in group:
+                self._console.print(Text(self._title(document, alone=len(group) == 1), style="bold"))
+                self._console.print(self._rendered(document), end="\n\n")
+
+    def _title(self, document: Document, *, alone: bool) -> str:
+        place = f"packed row {document.row}" + ("" if alone else f", group {document.group}")
+        part = document.part + (f" behind the prompt's {document.prefix} tokens" if document.prefix else "")
+        size = f"{len(document.token_ids)} tokens, {sum(document.loss_mask)} trained"
+        marks = _PARTS.get(self._row_format.kind, ("",))[0]
+        plain = {"weight": (1.0, 0.0), "margin": (0.0,), marks: (document.columns.get(marks),)}
+        said = [
+            f"{name} {self._value(name, value)}"
+            for name, value in document.columns.items()
+            if value not in plain.get(name, ())
+        ]
+        return " | ".join(text for text in (document.source, place, part, size, *said) if text)
+
+    def _value(self, name: str, value: Any) -> str:
+        """A column as people read it: a class by its name, of a value a token those that there are."""
+        if isinstance(value, list):
+            return ", ".join(f"{number:g}" for number in value if number is not None)
+        classes = self._row_format.labels.get(name, ())
+        if value is None:
+            return "-"
+        return classes[int(value)] if classes else f"{value:g}"
 
     def _rendered(self, document: Document) -> Any:
         from rich.text import Text

@@ -19,8 +19,10 @@ def run(args: argparse.Namespace) -> int:
     """Exports the newest intact checkpoint of a run, reads it back and says how far its logits are."""
     import torch
 
+    from burnish.launch.local import open_texts
     from burnish.mesh import open_mesh
     from burnish.model.export import export
+    from burnish.model.fresh import for_tokenizer
     from burnish.model.load import load_model
     from burnish.policy.checkpoint import load_latest
     from burnish.policy.policy import local
@@ -35,11 +37,12 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("the run has no checkpoint yet", where=str(folder), cure=f"burnish train {folder}")
     for reason in loaded.rejected:
         print(f"passed over: {reason}")
-    tokenizer = recipe.data.tokenizer.open(recipe.model.path, recipe.model.revision)
-    renderer = recipe.data.renderer.open(tokenizer)
-    config = recipe.model.model_copy(update={"compile": None, "activation_checkpointing": "none"})
+    tokenizer, renderer, new_tokens = open_texts(recipe)
+    config = for_tokenizer(recipe.model, tokenizer).model_copy(
+        update={"compile": None, "activation_checkpointing": "none"}
+    )
     with open_mesh() as mesh, torch.no_grad():
-        model = load_model(config, mesh, seed=recipe.seed)
+        model = load_model(config, mesh, seed=recipe.seed, new_tokens=new_tokens)
         for name, parameter in model.trainable_parameters():
             local(parameter).copy_(loaded.tensors["model"][name])
         report = export(
@@ -47,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
             tokenizer,
             to,
             merge=args.merge,
-            base_path=config.path,
+            base_path=config.name,
             base_revision=config.revision,
             chat_template=getattr(renderer, "chat_template", None),
         )

@@ -10,6 +10,8 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from burnish.data.feed import Cursor, Ref, ShardFeed, TableFeed, each
 from burnish.data.length import fit_length
 from burnish.data.mix import Mixer
@@ -68,8 +70,9 @@ class Kitchen:
 def render_rows(rows: Sequence[Row], renderer: LiveRenderer, data: DataConfig) -> list[Rendered | DataError]:
     """Rendered and cut to `max_length`; a row that the renderer raises for is that DataError."""
     results = each(renderer.render, rows) if rows else []
+    row_length = data.packing.tokens_per_row(data.max_length)
     return [
-        result if isinstance(result, DataError) else fit_length(result, data.max_length, data.over_length)
+        result if isinstance(result, DataError) else fit_length(result, data.max_length, data.over_length, row_length)
         for result in results
     ]
 
@@ -87,8 +90,12 @@ class Entry(NamedTuple):
 
     @property
     def checksum(self) -> int:
-        """Of the token ids: a row edited between checkpoint and resume is noticed while it is in an open bin."""
-        return zlib.crc32(b"".join(sample.token_ids.tobytes() for sample in self.group.samples))
+        """Of tokens, mask and columns: a row edited between checkpoint and resume is noticed while in an open bin."""
+        checksum = 0
+        for sample in self.group.samples:
+            for array in (sample.token_ids, sample.loss_mask, *sample.columns.values()):
+                checksum = zlib.crc32(np.ascontiguousarray(array).data, checksum)
+        return checksum
 
 
 class Packed(NamedTuple):

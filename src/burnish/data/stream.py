@@ -311,15 +311,41 @@ def eval_blocks(data: DataConfig, renderer: LiveRenderer, ledger: Ledger | None 
         DataError: at the first row that is refused.
     """
     row_length = data.packing.tokens_per_row(data.max_length)
+    ledger = ledger or Ledger([f"data.eval.{source}" for source in range(len(data.eval))], row_length)
+    return _once_through(data.eval, data, renderer, ledger)
+
+
+def all_blocks(data: DataConfig, renderer: LiveRenderer) -> Iterator[Block]:
+    """Every row of the training sources once, then of the eval sources, in file order, packed; made as they are asked
+    for. The documents are those of the run; its order and packing are not.
+
+    Raises:
+        DataError: at the first row that is refused, or a streamed source, which may have no end.
+    """
+    for number, source in enumerate(data.train):
+        if isinstance(source.open(), RowShards):
+            raise DataError(
+                "a streamed source cannot be gone through once before the run",
+                where=f"data.train.{number}",
+                cure="read it without streaming, or ask the second model during the run",
+            )
+    sources = [*data.train, *data.eval]
+    ledger = Ledger([str(number) for number in range(len(sources))], data.packing.tokens_per_row(data.max_length))
+    return _once_through(sources, data, renderer, ledger)
+
+
+def _once_through(
+    sources: Sequence[Source], data: DataConfig, renderer: LiveRenderer, ledger: Ledger
+) -> Iterator[Block]:
+    row_length = data.packing.tokens_per_row(data.max_length)
     packer = data.packing.open(row_length)
     bins: dict[int, list[Group]] = {}
-    ledger = ledger or Ledger([f"data.eval.{source}" for source in range(len(data.eval))], row_length)
 
     def packed(row: list[Group]) -> Block:
         ledger.count_block(sum(map(len, row)))
         return layout(row, row_length, max_documents(row_length))
 
-    for number, source in enumerate(data.eval):
+    for number, source in enumerate(sources):
         for rendered in (rendered for rows in _batches(source) for rendered in render_rows(rows, renderer, data)):
             refusal = rendered if isinstance(rendered, DataError) else rendered.refusal
             if refusal is not None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _SHOWN = {
     "loss": ("loss", "{:.4f}"),
     "eval_loss": ("eval_loss", "{:.4f}"),
+    "eval_mrr": ("eval_mrr", "{:.4f}"),
     "grad_norm": ("grad_norm", "{:.3g}"),
     "learning_rate": ("lr", "{:.2e}"),
     "tokens_per_second": ("tokens/s", "{:,.0f}"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from burnish.errors import EXIT_DONE, ResumeError, UserError
 from burnish.launch.base import Launch
@@ -17,14 +17,20 @@ from burnish.launch.base import Launch
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from transformers import PreTrainedTokenizerBase
+
     from burnish.data.renderers.base import LiveRenderer
     from burnish.launch.console import Console
     from burnish.launch.metrics_file import MetricsFile
     from burnish.launch.run_folder import RunFolder
+    from burnish.launch.signals import StopSignals
     from burnish.mesh import Mesh
+    from burnish.policy.agreement import Student
     from burnish.policy.policy import Policy
+    from burnish.policy.second import Surroundings
     from burnish.recipe import Recipe
     from burnish.track.base import LiveTracker
+    from burnish.types import NewTokens
     from burnish.workflows.base import Run
 
 
@@ -37,8 +43,10 @@ class Local(Launch):
         """Trains to the end and exports; see `errors.py` for what else can happen."""
         from burnish.launch.console import Console
         from burnish.launch.run_folder import open_run_folder
+        from burnish.launch.second import student_of
         from burnish.launch.signals import StopSignals
-        from burnish.model.load import load_config, require_embeddings
+        from burnish.model.fresh import for_tokenizer
+        from burnish.model.load import require_embeddings
 
         refuse_many_ranks()
         with ExitStack() as stack:
@@ -47,11 +55,14 @@ class Local(Launch):
             stop = stack.enter_context(StopSignals())
             console = Console(recipe.num_steps, json_lines=json_lines)
             stack.callback(console.close)
-            tokenizer = recipe.data.tokenizer.open(recipe.model.path, recipe.model.revision)
-            renderer = recipe.data.renderer.open(tokenizer)
-            require_embeddings(load_config(recipe.model), tokenizer, renderer.chat_template)
-            run = build(recipe, folder, renderer, console, stack)
-            run.stop_requested = stop.requested
+            texts = open_texts(recipe)
+            tokenizer, renderer, _ = texts
+            recipe = recipe.model_copy(update={"model": for_tokenizer(recipe.model, tokenizer)})
+            student = student_of(recipe, texts)
+            require_embeddings(student.vocab_size, tokenizer, renderer.chat_template)
+            if (second := recipe.workflow.second()) is not None:
+                console.note(f"compared with {second.agree(student, recipe.workflow.losses())}")
+            run = build(recipe, folder, renderer, student, console, stop, stack)
             before = run.step
             recipe.workflow.run(run)
             if run.step == before:
@@ -61,7 +72,31 @@ class Local(Launch):
         return EXIT_DONE
 
 
-def build(recipe: Recipe, folder: RunFolder, renderer: LiveRenderer, console: Console, stack: ExitStack) -> Run:
+class Texts(NamedTuple):
+    """All that is needed to see a recipe's rows as the model will."""
+
+    tokenizer: PreTrainedTokenizerBase
+    renderer: LiveRenderer
+    new_tokens: NewTokens | None
+    """What the recipe adds to the model's vocabulary."""
+
+
+def open_texts(recipe: Recipe) -> Texts:
+    """Tokenizer, with the recipe's own tokens, and renderer. Raises UserError."""
+    tokenizer = recipe.data.tokenizer.open(recipe.model.path, recipe.model.revision)
+    new_tokens = recipe.data.tokenizer.extend(tokenizer)
+    return Texts(tokenizer, recipe.data.renderer.open(tokenizer, recipe.row_format()), new_tokens)
+
+
+def build(
+    recipe: Recipe,
+    folder: RunFolder,
+    renderer: LiveRenderer,
+    student: Student,
+    console: Console,
+    stop: StopSignals,
+    stack: ExitStack,
+) -> Run:
     """The run as it stands in its folder; `stack` closes what was opened.
 
     Raises:
@@ -69,19 +104,26 @@ def build(recipe: Recipe, folder: RunFolder, renderer: LiveRenderer, console: Co
     """
     import torch
 
+    from burnish.data.one_sided import refuse_one_sided
     from burnish.data.stream import eval_blocks, open_stream
     from burnish.launch.metrics_file import MetricsFile
+    from burnish.launch.second import surroundings
     from burnish.mesh import open_mesh
     from burnish.policy.checkpoint import Checkpointer
     from burnish.policy.throughput import Throughput, peak_flops
     from burnish.workflows.base import Cadence, Run
 
+    refuse_one_sided(recipe.data, recipe.row_format())
     stream = open_stream(recipe.data, renderer, seed=recipe.seed, num_epochs=recipe.num_epochs)
     stack.callback(stream.close)
     for source in recipe.data.eval:
         source.open()  # a missing file is refused now, not at the first evaluation
     mesh = stack.enter_context(open_mesh())
-    policy = open_policy(recipe, mesh)
+    resumed = folder.recipe() is not None
+    around = surroundings(
+        recipe, student, renderer, mesh, resumed=resumed, say=console.note, stop_requested=stop.requested
+    )
+    policy = open_policy(recipe, mesh, around)
     checkpointer = Checkpointer(folder.path, keep=recipe.checkpoint.keep)
     checkpointer.overlap(policy.optimizer)
     stack.callback(checkpointer.close)
@@ -98,8 +140,9 @@ def build(recipe: Recipe, folder: RunFolder, renderer: LiveRenderer, console: Co
         cadence=Cadence(recipe.num_steps, recipe.eval_every, recipe.checkpoint.save_every, recipe.stop_after),
         checkpointer=checkpointer,
         journal=journal,
-        throughput=Throughput(policy.model),
+        throughput=Throughput(policy.model, policy.second),
         peak_flops=peak_flops(mesh.device, getattr(torch, recipe.model.dtype)),
+        stop_requested=stop.requested,
     )
     if run.throughput.obstacle is not None:
         console.note(f"mfu is not reported: {run.throughput.obstacle}")
@@ -111,24 +154,32 @@ def build(recipe: Recipe, folder: RunFolder, renderer: LiveRenderer, console: Co
     return run
 
 
-def open_policy(recipe: Recipe, mesh: Mesh) -> Policy:
-    """The model with its optimizer, as the recipe says.
+def open_policy(recipe: Recipe, mesh: Mesh, around: Surroundings) -> Policy:
+    """The model with its optimizer, and what it is compared with, as the recipe says.
 
     Raises:
-        ModelError: it cannot be loaded, or its documents would see each other in packed rows.
+        ModelError: it cannot be loaded, or its documents would see each other in packed rows; also of a second model.
+        DataError: what a second model said once cannot be read, or a row it is asked about is refused.
     """
     import torch
 
     from burnish.model.load import load_model, require_packable
     from burnish.policy.policy import Policy
 
-    model = load_model(recipe.model, mesh, seed=recipe.seed)
-    if recipe.data.packing.type != "none" or recipe.micro_batch_size > 1:
-        require_packable(model, recipe.data.max_length)
+    model = load_model(recipe.model, mesh, seed=recipe.seed, new_tokens=around.student.new_tokens)
+    if around.packed_length is not None:
+        require_packable(model, around.packed_length)
+    second = recipe.workflow.second()
+    opened = None if second is None else second.open(model, around)
     optimizer = recipe.optimizer.open(model.trainable_parameters())
     torch.manual_seed(recipe.seed)  # dropout; everything else draws from generators of its own
     return Policy(
-        model, optimizer, mesh=mesh, micro_batch_size=recipe.micro_batch_size, max_grad_norm=recipe.max_grad_norm
+        model,
+        optimizer,
+        mesh=mesh,
+        micro_batch_size=recipe.micro_batch_size,
+        max_grad_norm=recipe.max_grad_norm,
+        second=opened,
     )
 
 
@@ -180,7 +231,7 @@ def export_run(recipe: Recipe, policy: Policy, tokenizer: Any, chat_template: st
         tokenizer,
         to,
         merge=False,
-        base_path=recipe.model.path,
+        base_path=recipe.model.name,
         base_revision=recipe.model.revision,
         chat_template=chat_template,
     )

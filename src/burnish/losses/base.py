@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from burnish.component import Component
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from burnish.types import Block, LossOutput, TokenOutputs
+    from burnish.types import Block, Divergence, LossOutput, Ranking, RowKind, TokenOutputs
 
 
 class Loss(Component):
@@ -22,7 +23,29 @@ class Loss(Component):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"logprobs"})
-    """Names of `TokenOutputs` fields that the projection must compute."""
+    """Names of `TokenOutputs` fields that the model must compute."""
+    asks: ClassVar[frozenset[str]] = frozenset()
+    """Columns of the block that no row holds and another pass must write: `ref_logprobs` [T] by the reference;
+    `teacher_topk_ids` and `teacher_topk_logprobs` [T, K] and `teacher_hidden` [T, H'] by the teacher; `kto_kl` [D] by
+    both policy and reference. See `Policy.annotated`."""
+    trains: ClassVar[bool] = True
+    """Whether it has a gradient; False: it measures, for a workflow's `evaluate`."""
+    rows: ClassVar[RowKind] = "conversation"
+    """What a row of the data must be. `conversation` losses read any kind, since all kinds have trained tokens."""
+
+    @property
+    def divergence(self) -> Divergence | None:
+        """Which divergence from the teacher `full_kl` is, for losses that need it."""
+        return None
+
+    def heads(self) -> Mapping[str, Literal["number", "numbers", "classes"]]:
+        """Heads whose scores it reads -> what each must say: one `number`, any `numbers`, or a score for each of
+        several `classes`."""
+        return {}
+
+    def labels(self) -> dict[str, str]:
+        """Label columns that this loss reads -> the head whose outputs they are compared with."""
+        return {}
 
     def reads(self, block: Block) -> Tensor:
         """bool [T]: the tokens whose outputs are read. The others are dropped before the projection."""
@@ -32,8 +55,19 @@ class Loss(Component):
         """float32 [T]: the weight of each token's negative log-probability; asked only of `weighted_nll` losses."""
         raise AssertionError(f"{type(self).__name__} needs weighted_nll and must say its coefficients")
 
+    def candidates(self, block: Block) -> Tensor:
+        """int64 [K]: ids that `candidate_logits` are asked of; a pure function of the block."""
+        raise AssertionError(f"{type(self).__name__} needs candidate_logits and must say of which ids")
+
+    def ranking(self, block: Block) -> Ranking:
+        """Which ids `ranks` sets each token against."""
+        from burnish.types import Ranking
+
+        return Ranking()
+
     def count(self, block: Block) -> Tensor:
-        """Scalar: how many things (trained tokens, pairs) the sum is over; its global sum is the denominator."""
+        """Scalar: how many things (trained tokens, pairs) the sum is over; its global sum is the denominator. [n] where
+        the total is [n]."""
         return block.loss_mask.sum()
 
     def __call__(self, outputs: TokenOutputs, block: Block) -> LossOutput:

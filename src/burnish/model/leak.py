@@ -30,14 +30,15 @@ def packing_leaks(model: PolicyModel, longest: int = _LENGTH) -> str | None:
     Two things are demanded of document B behind document A in one row: other tokens in A leave B's logits as they were,
     bit for bit, and B is what it is alone, within rounding. Mixtures of experts batch tokens by expert, so other tokens
     in A may round B differently (1e-6 in float32): there, the gradient of B's logits with respect to A's embeddings
-    must be exactly zero, which no rounding can disturb.
+    must be exactly zero, which no rounding can disturb. And B behind A as a shared prompt must be what it is as A's
+    own continuation.
 
     Under rotary embeddings A stands where a document of `longest` tokens ends, since some of them (`dynamic`,
     `longrope`) choose every token's frequencies by the largest position of the whole row. A table of learned positions
     has an end, and each of its rows stands for itself.
 
     A micro-batch lays rows end to end, so a model that leaks needs `micro_batch_size: 1` even where each row holds one
-    document. Costs three forward passes of at most 24 tokens.
+    document. Costs five forward passes of at most 24 tokens.
     """
     was_training = model.training
     model.eval()
@@ -61,22 +62,31 @@ def _probe(model: PolicyModel, position: int) -> str | None:
     share = _distance(packed, alone).median().item()
     if share > (1e-3 if packed.dtype == torch.float32 else 0.05):
         return f"a document's logits behind another differ by {share:.1e} from its own alone{_suspects(model)}"
+    with torch.no_grad():
+        shared = _logits(model, a, b, shared=True)[_LENGTH:]
+        continued = _logits(model, torch.cat([a, b]))[_LENGTH:]
+    share = _distance(shared, continued).median().item()
+    if share > (1e-3 if packed.dtype == torch.float32 else 0.05):
+        return f"an answer's logits behind a shared prompt differ by {share:.1e} from those with its own copy of it"
     return None
 
 
-def _logits(model: PolicyModel, *documents: Tensor, position: int = 0) -> Tensor:
-    """[T, V], for documents of `_LENGTH` tokens laid end to end, the first one from `position` on."""
-    token_ids = torch.cat(documents)
+def _logits(model: PolicyModel, *documents: Tensor, position: int = 0, shared: bool = False) -> Tensor:
+    """[T, V], for documents of one length laid end to end, the first one from `position` on; `shared`: it is the
+    shared prompt of those after it."""
+    token_ids, length = torch.cat(documents), len(documents[0])
     index = torch.arange(len(documents), device=token_ids.device)
-    start = (index * _LENGTH).to(torch.int32)
-    positions = torch.arange(_LENGTH, device=token_ids.device).repeat(len(documents))
-    positions[:_LENGTH] += position
+    start = (index * length).to(torch.int32)
+    positions = torch.arange(length, device=token_ids.device).repeat(len(documents))
+    positions[:length] += position
+    prefix_end = torch.where(index > 0, length * shared, 0).to(torch.int32)
+    positions[length:] += length * shared
     block = Block(
         token_ids=token_ids,
         loss_mask=torch.zeros_like(token_ids, dtype=torch.bool),
         position_ids=positions,
-        document_ids=index.repeat_interleave(_LENGTH),
-        documents=torch.stack([start, start + _LENGTH, torch.zeros_like(start), torch.zeros_like(start)], 1),
+        document_ids=index.repeat_interleave(length),
+        documents=torch.stack([start, start + length, torch.zeros_like(start), prefix_end], 1),
         group_ids=index,
     )
     return model.logits(block)

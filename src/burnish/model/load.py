@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from burnish.errors import ModelError
+from burnish.model.fresh import draw, fresh_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from burnish.mesh import Mesh
     from burnish.model.config import ModelConfig
     from burnish.model.policy_model import PolicyModel
+    from burnish.types import NewTokens
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +34,7 @@ def locate(config: ModelConfig) -> dict[str, Any]:
     Raises:
         ModelError: nothing is there, the hub does not know it, or the hub does not answer and no copy is cached.
     """
+    assert config.path is not None, "a fresh model is nowhere"
     if config.path.endswith(".gguf"):
         file = Path(config.path).expanduser()
         if not file.is_file():
@@ -69,55 +72,70 @@ def load_config(config: ModelConfig) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with _refusals(config):
-        hf_config = AutoConfig.from_pretrained(**locate(config))
+        hf_config = fresh_config(config) if config.path is None else AutoConfig.from_pretrained(**locate(config))
     remote = "AutoModelForCausalLM" in (getattr(hf_config, "auto_map", None) or {})
     if type(hf_config) not in AutoModelForCausalLM._model_mapping and not (remote and config.trust_remote_code):
         raise ModelError(
             f"a {hf_config.model_type} model is not a causal language model",
-            where=config.path,
+            where=config.name,
             cure="name a decoder-only language model",
         )
-    if getattr(hf_config, "quantization_config", None) is not None and not config.path.endswith(".gguf"):
+    if getattr(hf_config, "quantization_config", None) is not None and not config.name.endswith(".gguf"):
         raise ModelError(
             "the weights are quantized, and quantized weights cannot be trained",
-            where=config.path,
+            where=config.name,
             cure="name the repository of the unquantized weights",
         )
     return hf_config
 
 
-def load_model(config: ModelConfig, mesh: Mesh, *, seed: int) -> PolicyModel:
+def load_model(
+    config: ModelConfig, mesh: Mesh, *, seed: int, frozen: bool = False, new_tokens: NewTokens | None = None
+) -> PolicyModel:
     """The model on this rank's device: adapter, recomputation, compilation and sharding applied as the recipe says.
 
     Args:
-        seed: adapters are drawn from it; weights that exist are read.
+        seed: adapters and a fresh model are drawn from it; weights that exist are read.
+        frozen: nothing of it trains; a second model, without adapter.
+        new_tokens: what the vocabulary is to have beside the model's own tokens.
 
     Raises:
         ModelError: see `load_config`; also weights that are missing, corrupt or of another shape, attention that cannot
-            be replaced, logits that are not reproduced, adapter targets that do not exist.
+            be replaced, logits that are not reproduced, adapter targets that do not exist, heads that do not fit.
     """
+    from burnish.model.heads.attach import open_heads
     from burnish.model.parallel import prepare
     from burnish.model.policy_model import PolicyModel, verify_head
+    from burnish.model.vocabulary import grow
 
     if config.dtype != "float32" and mesh.device.type == "cpu":
         log.warning("%s on a CPU is 3 to 4 times slower than float32; use `model.dtype: float32` here", config.dtype)
-    causal_lm = load_causal_lm(config).to(mesh.device)
+    if config.head.type != "lm":
+        open_heads(config.head, load_config(config), seed=seed)  # refuses what does not fit, before weights are read
+    causal_lm = load_causal_lm(config, seed=seed)
+    if new_tokens is not None:
+        grow(causal_lm, new_tokens)
+    causal_lm = causal_lm.to(mesh.device)
     model = PolicyModel.from_hf(
         causal_lm,
         attention=config.attention,
         projection_chunk=config.projection_chunk,
         pad_vocab_to=config.pad_vocab_to,
     )
+    model.new_tokens = new_tokens
     verify_head(model)
-    prepare(model, config, mesh, seed=seed)
+    if frozen:
+        model.requires_grad_(False)
+    prepare(model, config, mesh, seed=seed, new_tokens=None if frozen else new_tokens)
     return model
 
 
-def load_causal_lm(config: ModelConfig, *, attention: str | None = None) -> Any:
+def load_causal_lm(config: ModelConfig, *, attention: str | None = None, seed: int = 0) -> Any:
     """The plain transformers model, every weight read from the checkpoint, in `config.dtype`, on the CPU.
 
     Args:
         attention: one of transformers' implementations (`eager`, `sdpa`); by default the one it would choose.
+        seed: the weights of a fresh model are drawn from it.
 
     Raises:
         ModelError: weights are missing, corrupt or of another shape.
@@ -126,6 +144,8 @@ def load_causal_lm(config: ModelConfig, *, attention: str | None = None) -> Any:
     from transformers import AutoModelForCausalLM
 
     hf_config = load_config(config)
+    if config.path is None:
+        return draw(hf_config, dtype=config.dtype, attention=attention, seed=seed)
     with _refusals(config), quiet():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             **locate(config),
@@ -134,6 +154,7 @@ def load_causal_lm(config: ModelConfig, *, attention: str | None = None) -> Any:
             attn_implementation=attention,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, with names and shapes
+            **(config.adapter.load_arguments(config.dtype) if config.adapter is not None else {}),
         )
     causal_lm, found = loaded
     wrong = [f"{name} is {tuple(has)}, not {tuple(needs)}" for name, has, needs in sorted(found["mismatched_keys"])]
@@ -148,7 +169,7 @@ def load_causal_lm(config: ModelConfig, *, attention: str | None = None) -> Any:
     if found["unexpected_keys"]:
         unread = _few(sorted(found["unexpected_keys"]))
         log.warning("%s: weights that %s does not have are not read: %s", config.path, type(causal_lm).__name__, unread)
-    if config.path.endswith(".gguf"):
+    if getattr(causal_lm, "is_quantized", False):
         _drop_quantizer_marks(causal_lm)
     return causal_lm
 
@@ -162,16 +183,16 @@ def require_packable(model: PolicyModel, longest: int) -> None:
     with torch.compiler.set_stance("force_eager"):  # the probe's two row lengths would be two more graphs
         reason = packing_leaks(model, longest)
     if reason is not None:
-        raise ModelError(reason, where="data.packing", cure="one document a row: `packing: {type: none}`")
+        cure = "one document a row: `packing: {type: none}`; pairs and queries need another model"
+        raise ModelError(reason, where="data.packing", cure=cure)
 
 
-def require_embeddings(hf_config: Any, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
+def require_embeddings(rows: int, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
     """Raises ModelError where the tokenizer writes ids that the model has no embedding for.
 
     An added token that the chat template does not mention may have none: the tokenizer of Gemma 3's text models ends
     with an image token, id 262144, and their embedding with row 262143.
     """
-    rows = hf_config.get_text_config().vocab_size
     added: dict[str, int] = tokenizer.get_added_vocab()  # pyright: ignore[reportCallIssue, reportOptionalCall]
     beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= rows}
     written = [i for token, i in beyond.items() if token not in added or token in (chat_template or "")]
@@ -200,7 +221,13 @@ def quiet() -> Iterator[None]:
 
 
 def _drop_quantizer_marks(causal_lm: Any) -> None:
-    """A GGUF file was expanded to full precision at load; the marks of its 4 bits would be written into exports."""
+    """Exports hold full precision, and the marks of four bits would be written into them: a GGUF file was expanded at
+    load, weights that bitsandbytes rounded are expanded at the export."""
+    for module in causal_lm.modules():
+        # In evaluation on a CPU with bfloat16 instructions, bitsandbytes would lay the weights out anew, in place, and
+        # round the products to bfloat16.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     del causal_lm.config.quantization_config, causal_lm.hf_quantizer, causal_lm.quantization_method
     causal_lm.is_quantized = False
 
@@ -220,7 +247,7 @@ def _refusals(config: ModelConfig) -> Iterator[None]:
         if isinstance(error, ModelError):
             raise
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ModelError(first_line, where=config.path, cure=_cure(first_line)) from error
+        raise ModelError(first_line, where=config.name, cure=_cure(first_line)) from error
 
 
 def _cure(reason: str) -> str:
@@ -234,13 +261,13 @@ def _cure(reason: str) -> str:
 def _corrupt_file(config: ModelConfig) -> str:
     from safetensors import SafetensorError, safe_open
 
-    for file in sorted(Path(config.path).expanduser().glob("*.safetensors")):
+    for file in sorted(Path(config.name).expanduser().glob("*.safetensors")):
         try:
             with safe_open(file, "pt"):
                 pass
         except SafetensorError:
             return str(file)
-    return config.path
+    return config.name
 
 
 def _missing(path: str) -> ModelError:
@@ -263,10 +290,10 @@ def _reachable_or_cached(config: ModelConfig) -> bool:
 
     if reachable():
         return True
-    if not isinstance(try_to_load_from_cache(config.path, "config.json", revision=config.revision), str):
+    if not isinstance(try_to_load_from_cache(config.name, "config.json", revision=config.revision), str):
         raise ModelError(
             "no such folder, not in the hub's local cache, and the hub cannot be reached",
-            where=config.path,
+            where=config.name,
             cure="name a local folder or a .gguf file, or connect; a model fetched once is found without the hub",
         )
     return False

@@ -16,11 +16,15 @@ from torch import Tensor, nn
 from torch.export import register_dataclass
 
 from burnish.errors import ModelError
-from burnish.model.project import previous_token, project
-from burnish.types import Block, TokenOutputs
+from burnish.model.divergence import Reference
+from burnish.model.project import PROJECTED, previous_token, project
+from burnish.model.vocabulary import head_weight_with_rows, rows_owner, with_new_rows
+from burnish.types import Block, Ranking, TokenOutputs
 
 if TYPE_CHECKING:
     from burnish.model.config import Adapter
+    from burnish.model.heads.base import Head
+    from burnish.types import NewTokens
 
 # FSDP finds the tensors that a module returns by walking its output; without this it would see one opaque object and
 # never learn when the backward pass reaches the root.
@@ -53,9 +57,19 @@ class PolicyModel(nn.Module):
         self.projection_chunk = projection_chunk
         self.adapter: Adapter | None = None
         """What was applied to it, if anything was."""
+        self.new_tokens: NewTokens | None = None
+        """What its vocabulary has beside the tokens of the model it was read from, if anything."""
+        self.heads: dict[str, Head] = {}
+        """The children that are heads beside the language model's, by name; see `heads.attach`."""
+        self.makes_tokens = True
+        """Whether losses may ask of the language model's head; False: what is left of it is for probes."""
         self.vocab_size = self.head.weight.shape[0]
         """Rows of the head that stand for tokens; those after them are padding."""
         self._pad_vocabulary(pad_vocab_to)
+        head = {id(parameter) for parameter in self.head.parameters()}
+        names = {name for name, p in self.named_parameters(remove_duplicate=False) if id(p) in head}
+        self.padded = frozenset(name.rpartition(".")[0] for name in names)
+        """Names of the modules whose weights have those rows: the head, and an embedding tied to it."""
 
     @classmethod
     def from_hf(
@@ -102,11 +116,33 @@ class PolicyModel(nn.Module):
 
     @property
     def is_tied(self) -> bool:
-        """The head's weight is the embedding's."""
-        return self.head.weight is self.causal_lm.get_input_embeddings().weight
+        """The head computes with the embedding's weight; a low-rank adapter on either gives them different ones."""
+        embedding = self.causal_lm.get_input_embeddings()
+        adapted = hasattr(self.head, "base_layer") or hasattr(embedding, "base_layer")
+        return self.head.weight is embedding.weight and not adapted
+
+    def head_weight(self) -> Tensor:
+        """The weight [V, H] that the head computes with, an adapter on it included; a gradient flows to what trains.
+        Inside `forward` only, where the model is sharded."""
+        from burnish.model.adapters.weights import adapted_weight
+
+        owner = rows_owner(self)
+        if owner is not None:
+            return head_weight_with_rows(self.head, owner)
+        adapted = hasattr(self.head, "base_layer") and not self.head.disable_adapters
+        return adapted_weight(self.head) if adapted else self.head.weight
 
     def forward(
-        self, block: Block, *, needs: frozenset[str], reads: Tensor, coefficients: Tensor | None = None
+        self,
+        block: Block,
+        *,
+        needs: frozenset[str],
+        reads: Tensor,
+        coefficients: Tensor | None = None,
+        topk_ids: Tensor | None = None,
+        candidates: Tensor | None = None,
+        ranking: Ranking | None = None,
+        reference: Reference | None = None,
     ) -> TokenOutputs:
         """What a loss needs of every token it reads.
 
@@ -115,21 +151,39 @@ class PolicyModel(nn.Module):
             needs: names of `TokenOutputs` fields.
             reads: bool [T].
             coefficients: float32 [T], with `weighted_nll` only.
+            topk_ids: int64 [T, K], with `topk_logprobs` only.
+            candidates: int64 [K], with `candidate_logits` only.
+            ranking: with `ranks` only.
+            reference: with `full_kl` only.
         """
-        return project(
-            self.hidden_states(block),
-            self.head.weight,
-            block.token_ids,
-            reads,
-            needs,
-            bias=self.head.bias,
-            coefficients_T=coefficients,
-            softcap=self.softcap,
-            logit_scale=self.logit_scale,
-            vocab_size=self.vocab_size,
-            chunk=self.projection_chunk,
-            previous_T=previous_token(block),
-        )
+        hidden_TH, outputs = self.hidden_states(block), TokenOutputs()
+        if needs & PROJECTED:
+            outputs = project(
+                hidden_TH,
+                self.head_weight(),
+                block.token_ids,
+                reads,
+                needs & PROJECTED,
+                bias=self.head.bias,
+                coefficients_T=coefficients,
+                topk_ids_TK=topk_ids,
+                candidates_K=candidates,
+                ranking=ranking,
+                block=block,
+                reference=reference,
+                softcap=self.softcap,
+                logit_scale=self.logit_scale,
+                vocab_size=self.vocab_size,
+                chunk=self.projection_chunk,
+                previous_T=previous_token(block),
+            )
+        for name, head in self.heads.items():
+            made = self.get_submodule(name)(hidden_TH, block, reads) if head.makes in needs else None
+            if made is not None and head.makes == "scores":
+                outputs.scores[name] = made
+            elif made is not None:
+                outputs.embeddings = made
+        return outputs
 
     def hidden_states(self, block: Block) -> Tensor:
         """The backbone's last hidden states, [T, H], in the dtype of the weights."""
@@ -142,6 +196,7 @@ class PolicyModel(nn.Module):
 
     def logits(self, block: Block) -> Tensor:
         """All logits [T, V], by transformers' own forward around these modules: for proofs on short blocks."""
+        self.head_weight()  # writes the trained rows of new tokens into the matrix that transformers' forward reads
         outputs = self.causal_lm(
             input_ids=block.token_ids.unsqueeze(0),
             position_ids=block.position_ids.unsqueeze(0),
@@ -155,13 +210,20 @@ class PolicyModel(nn.Module):
         return [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
 
     def hf_tensors(self, *, merge: bool) -> Iterator[tuple[str, Tensor]]:
-        """The full model under Hugging Face names: adapters folded in (`merge`) or left out, padding rows cut off."""
-        from burnish.model.adapters.lora import weights_without_adapter
+        """The full model under Hugging Face names: adapters folded in (`merge`) or left out, padding rows cut off, and
+        without the heads beside the language model's: those are `head_tensors`."""
+        from burnish.model.adapters.weights import weights_without_adapter
 
-        head = {id(parameter) for parameter in self.head.parameters()}
-        padded = {name for name, p in self.named_parameters(remove_duplicate=False) if id(p) in head}
-        for name, tensor in weights_without_adapter(self, merge=merge):
-            yield name, (tensor[: self.vocab_size] if name in padded else tensor)
+        for name, tensor in with_new_rows(self, weights_without_adapter(self, merge=merge)):
+            if name.partition(".")[0] not in self.heads:
+                yield name, (tensor[: self.vocab_size] if name.rpartition(".")[0] in self.padded else tensor)
+
+    def head_tensors(self) -> dict[str, Tensor]:
+        """Whole tensors of the heads beside the language model's, by name (`score.weight`)."""
+        from burnish.model.parallel import whole
+
+        state = self.state_dict(keep_vars=True)
+        return {name: whole(tensor) for name, tensor in state.items() if name.partition(".")[0] in self.heads}
 
     def _pad_vocabulary(self, multiple: int) -> None:
         rows = -self.vocab_size % multiple

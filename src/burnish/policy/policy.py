@@ -2,7 +2,7 @@
 
     forward_backward(blocks, loss)    a whole step's rows: loss and gradients, divided by one global count
     optim_step(learning_rate)         clip, refuse what is not finite, move the parameters
-    evaluate / logprobs               the same forward pass without gradients
+    evaluate / logprobs / embeddings  the same forward pass without gradients
     state / load, export_weights      everything that must be saved, and what an engine needs
 
 It must not know recipes, files, schedules or which objective it serves.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,12 +22,14 @@ from torch.distributed.tensor import DTensor
 
 from burnish.errors import ResumeError
 from burnish.model.project import previous_token
+from burnish.policy.mismatch import empty_like, log_ratio, mismatched
 from burnish.types import Block, LossOutput, Metric, collate
 
 if TYPE_CHECKING:
     from burnish.losses.base import Loss
     from burnish.mesh import Mesh
     from burnish.model.policy_model import PolicyModel
+    from burnish.policy.second import Second
 
 Tensors = dict[str, dict[str, Tensor]]
 
@@ -50,6 +52,7 @@ class Policy:
     Args:
         micro_batch_size: rows in one forward pass; changes memory and speed, never the gradient.
         max_grad_norm: longest gradient that is stepped with, None: any.
+        second: the reference or teacher that losses compare with, if there is one.
     """
 
     def __init__(
@@ -60,10 +63,12 @@ class Policy:
         mesh: Mesh,
         micro_batch_size: int,
         max_grad_norm: float | None,
+        second: Second | None = None,
     ) -> None:
+        self.second = second
         self.model, self.optimizer, self.mesh = model, optimizer, mesh
         self.micro_batch_size, self.max_grad_norm = micro_batch_size, max_grad_norm
-        self._loss_total = 0.0
+        self._mean_loss = 0.0
 
     def forward_backward(self, blocks: list[Block], loss: Loss) -> dict[str, Metric]:
         """Adds the gradient of `loss` over this rank's whole share of a step; returns metrics over all ranks.
@@ -71,18 +76,20 @@ class Policy:
         The divisor is the loss's count over every micro-batch of every rank, known before the first backward pass, so
         rows may be cut into micro-batches and spread over ranks in any way.
         """
+        blocks = self.annotated(blocks, loss)
         self.model.train()
-        batches = [collate(rows) for rows in _chunks(blocks, self.micro_batch_size)]
-        (count,) = self.mesh.sum_scalars([float(sum(loss.count(batch) for batch in batches))])
+        batches = [collate(rows) for rows in in_chunks(blocks, self.micro_batch_size)]
+        counts = torch.stack([loss.count(batch).double().reshape(-1) for batch in batches]).sum(0)
+        divisors = torch.tensor([count or 1.0 for count in self.mesh.sum_scalars(counts.tolist())], dtype=torch.float64)
         if self.mesh.world_size == 1:  # with more ranks every one must take part in every collective
             batches = [batch for batch in batches if batch.num_documents] or batches[:1]
-        totals = _Totals()
+        totals = Totals()
         for batch in batches:
             output = self._forward(batch, loss)
-            (output.total / (count or 1.0)).backward()
-            totals.add(output)
-        metrics, total = totals.over_ranks(self.mesh)
-        self._loss_total += total
+            (output.total.reshape(-1) / divisors.to(output.total)).sum().backward()
+            totals.add(output, loss.count(batch))
+        metrics, mean = totals.over_ranks(self.mesh)
+        self._mean_loss += mean
         return metrics
 
     def optim_step(self, learning_rate: float) -> Update:
@@ -92,10 +99,10 @@ class Policy:
         """
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         grad_norm = gradient_norm(gradients, self.mesh)
-        loss_total, self._loss_total = self._loss_total, 0.0
-        if not math.isfinite(loss_total) or not math.isfinite(grad_norm):
+        mean_loss, self._mean_loss = self._mean_loss, 0.0
+        if not math.isfinite(mean_loss) or not math.isfinite(grad_norm):
             self.optimizer.zero_grad(set_to_none=True)
-            what = "gradient" if math.isfinite(loss_total) else "loss"
+            what = "gradient" if math.isfinite(mean_loss) else "loss"
             return Update(grad_norm, skipped=True, reason=f"the {what} is not finite")
         if self.max_grad_norm is not None and grad_norm > self.max_grad_norm:
             for gradient in gradients:
@@ -110,21 +117,44 @@ class Policy:
     def evaluate(self, blocks: Iterable[Block], loss: Loss) -> dict[str, Metric]:
         """Metrics of `loss` over `blocks`, which may be a generator, and over all ranks; moves nothing."""
         self.model.eval()
-        totals = _Totals()
-        for rows in _chunks(blocks, self.micro_batch_size):
-            totals.add(self._forward(collate(rows), loss))
+        totals = Totals()
+        for rows in in_chunks(blocks, self.micro_batch_size):
+            batch = collate(self.annotated(rows, loss))
+            totals.add(self._forward(batch, loss), loss.count(batch))
         return totals.over_ranks(self.mesh)[0]
 
     @torch.no_grad()
-    def logprobs(self, blocks: list[Block]) -> list[Tensor]:
-        """float32 [T] for each block, where that block is: log p of every token that something predicts, else 0."""
+    def logprobs(self, blocks: list[Block], *, trained_only: bool = False) -> list[Tensor]:
+        """float32 [T] for each block, where that block is: log p of every token that something predicts, else 0.
+
+        Args:
+            trained_only: of trained tokens only, and 0 at the others too.
+        """
         self.model.eval()
         result: list[Tensor] = []
-        for rows in _chunks(blocks, self.micro_batch_size):
+        for rows in in_chunks(blocks, self.micro_batch_size):
             batch = collate(rows).to(self.mesh.device)
-            outputs = self.model(batch, needs=frozenset({"logprobs"}), reads=previous_token(batch) >= 0)
+            reads = batch.loss_mask if trained_only else previous_token(batch) >= 0
+            outputs = self.model(batch, needs=frozenset({"logprobs"}), reads=reads)
             parts = outputs.logprobs.split([row.num_tokens for row in rows])
             result += [part.to(row.token_ids.device) for part, row in zip(parts, rows, strict=True)]
+        return result
+
+    @torch.no_grad()
+    def embeddings(self, blocks: list[Block], *, training: bool = False) -> list[Tensor]:
+        """float32 [D, E] for each block, on this rank's device: one vector a document, 0 for unused entries.
+
+        Args:
+            training: with dropout, drawn as a `forward_backward` over the same blocks right afterwards draws it: the
+                generators are left where they were. None of the blocks is empty then, since it passes over those.
+        """
+        self.model.train(training)
+        result: list[Tensor] = []
+        with torch.random.fork_rng([self.mesh.device] if self.mesh.device.type == "cuda" else []):
+            for rows in in_chunks(blocks, self.micro_batch_size):
+                batch = collate(rows).to(self.mesh.device)
+                outputs = self.model(batch, needs=frozenset({"embeddings"}), reads=torch.zeros_like(batch.loss_mask))
+                result += outputs.embeddings.split([row.documents.shape[0] for row in rows])
         return result
 
     def state(self) -> tuple[Tensors, dict[str, Any]]:
@@ -180,37 +210,84 @@ class Policy:
         """The whole model under Hugging Face names, adapters merged: what an engine loads."""
         return self.model.hf_tensors(merge=True)
 
+    def annotated(self, blocks: list[Block], loss: Loss) -> list[Block]:
+        """`blocks`, a step's or an evaluation's chunk, with the columns that `loss.asks` of a second model.
+
+        Every rank must call it with as many blocks, empty ones included. No dropout is drawn.
+        """
+        if not loss.asks:
+            return blocks
+        assert self.second is not None, f"{loss.type} asks {sorted(loss.asks)} of a second model, and there is none"
+        blocks = self.second.annotate(blocks, loss)
+        if "kto_kl" not in loss.asks:
+            return blocks
+        kl = self._mismatched_kl(blocks, loss)
+        used = [block.documents[:, 1] > block.documents[:, 0] for block in blocks]
+        return [
+            replace(block, columns=block.columns | {"kto_kl": torch.where(used_D, kl, 0.0)})
+            for block, used_D in zip(blocks, used, strict=True)
+        ]
+
+    def _mismatched_kl(self, blocks: list[Block], loss: Loss) -> float:
+        """Mean log-ratio of policy and reference over the mismatched pairs of all ranks, at least 0; see `mismatch`."""
+        assert self.second is not None
+        pairs = mismatched(blocks)
+        counts = [0.0] * self.mesh.world_size
+        counts[self.mesh.rank] = float(len(pairs))
+        most = int(max(self.mesh.sum_scalars(counts)))
+        pairs += [empty_like(blocks[0])] * (most - len(pairs))  # forward passes of a sharded model are in step
+        pairs = self.second.annotate(pairs, loss)
+        total, count = self.mesh.sum_scalars([*map(float, log_ratio(pairs, self.logprobs(pairs, trained_only=True)))])
+        return max(0.0, total / (count or 1.0))
+
     def _forward(self, batch: Block, loss: Loss) -> LossOutput:
         batch = batch.to(self.mesh.device)
-        coefficients = loss.coefficients(batch) if "weighted_nll" in loss.needs else None
-        outputs = self.model(batch, needs=loss.needs, reads=loss.reads(batch), coefficients=coefficients)
+        outputs = self.model(
+            batch,
+            needs=loss.needs,
+            reads=loss.reads(batch),
+            coefficients=loss.coefficients(batch) if "weighted_nll" in loss.needs else None,
+            topk_ids=batch.columns.get("teacher_topk_ids"),
+            candidates=loss.candidates(batch) if "candidate_logits" in loss.needs else None,
+            ranking=loss.ranking(batch) if "ranks" in loss.needs else None,
+            reference=self.second.reference(batch, loss) if self.second is not None else None,
+        )
         return loss(outputs, batch)
 
     def _names(self) -> dict[torch.nn.Parameter, str]:
         return {parameter: name for name, parameter in self.model.trainable_parameters()}
 
 
-class _Totals:
+class Totals:
     """Sums losses and metrics of micro-batches in float64 where they are, so that the host waits once a step."""
 
     def __init__(self) -> None:
         self.names: tuple[str, ...] = ()
+        self.num_terms = 0
         self.sums: Tensor | None = None
 
-    def add(self, output: LossOutput) -> None:
-        pairs = [value for pair in output.metrics.values() for value in pair]
-        device = output.total.device
-        row = torch.stack([torch.as_tensor(v, device=device).detach().double() for v in (output.total, *pairs)])
+    def add(self, output: LossOutput, count: Tensor) -> None:
+        """`count` is the loss's, shaped as its total."""
         assert self.names in ((), tuple(output.metrics)), "a loss names the same metrics for every block"
-        self.names = tuple(output.metrics)
+        self.names, self.num_terms = tuple(output.metrics), output.total.numel()
+        parts = (output.total, count, *(value for pair in output.metrics.values() for value in pair))
+        device = output.total.device
+        row = torch.cat([torch.as_tensor(part, device=device).detach().double().reshape(-1) for part in parts])
         self.sums = row if self.sums is None else self.sums + row
 
     def over_ranks(self, mesh: Mesh) -> tuple[dict[str, Metric], float]:
-        """(metrics, total of the loss) over all micro-batches of all ranks."""
+        """(metrics, what was minimised) over all micro-batches of all ranks.
+
+        A loss whose terms are counted differently cannot say its value as one (sum, count) and leaves out `loss`: here
+        it is (total[0] / count[0] + total[1] / count[1] + ..., 1).
+        """
         if self.sums is None:
             return {}, 0.0
-        total, *pairs = mesh.sum_scalars(self.sums.tolist())
-        return {name: (pairs[2 * i], pairs[2 * i + 1]) for i, name in enumerate(self.names)}, total
+        sums, terms = mesh.sum_scalars(self.sums.tolist()), self.num_terms
+        mean = sum(total / (count or 1.0) for total, count in zip(sums[:terms], sums[terms:], strict=False))
+        pairs = sums[2 * terms :]
+        metrics = {name: (pairs[2 * i], pairs[2 * i + 1]) for i, name in enumerate(self.names)}
+        return {"loss": (mean, 1.0), **metrics}, mean
 
 
 def gradient_norm(gradients: list[Tensor], mesh: Mesh) -> float:
@@ -241,7 +318,8 @@ def _like(parameter: Tensor, shard: Tensor) -> Tensor:
     return DTensor.from_local(shard, parameter.device_mesh, parameter.placements, run_check=False)
 
 
-def _chunks(blocks: Iterable[Block], size: int) -> Iterator[list[Block]]:
+def in_chunks(blocks: Iterable[Block], size: int) -> Iterator[list[Block]]:
+    """`size` blocks at a time, the last ones fewer."""
     iterator = iter(blocks)
     while rows := list(itertools.islice(iterator, size)):
         yield rows

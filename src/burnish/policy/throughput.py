@@ -2,7 +2,8 @@
 
 `useful` counts what the objective demands: real tokens, each document's own causal pairs, gradients of what is trained
 and of what lies above it, the head on the tokens a loss reads. `executed` counts what ran: padded slots, activations
-computed again, scores and logits made again in the backward pass. Their shares of the peak are `mfu` and `hfu`.
+computed again, scores and logits made again in the backward pass, and what a second model answers on these rows (not
+the mismatched pairs of KTO). Their shares of the peak are `mfu` and `hfu`.
 
 The products are not deduced from an architecture: one forward and backward pass of a few tokens is watched, so
 adapters, frozen layers, routed experts and recomputation count as they are. Must not know recipes or workflows.
@@ -25,11 +26,12 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_fl
 
 from burnish.model.attention import visible_pairs
 from burnish.model.policy_model import one_document
-from burnish.model.project import VECTORS, previous_token
+from burnish.model.project import PROJECTED, VECTORS, previous_token
 
 if TYPE_CHECKING:
     from burnish.losses.base import Loss
     from burnish.model.policy_model import PolicyModel
+    from burnish.policy.second import Second
     from burnish.types import Block
 
 PROBE_TOKENS = 8
@@ -46,14 +48,12 @@ class Throughput:
     obstacle: str | None = None
     """Why this model's operations cannot be counted, if they cannot."""
 
-    def __init__(self, model: PolicyModel) -> None:
+    def __init__(self, model: PolicyModel, second: Second | None = None) -> None:
+        self.second = second
+        if second is not None:
+            self.obstacle = second.obstacle
         watch, executed = _probe(model, PROBE_TOKENS, backward=True)
-        half, half_executed = _probe(model, PROBE_TOKENS // 2, backward=False)
-        for seen, counted in ((watch, executed), (half, half_executed)):
-            if seen.forward + seen.attention_forward(seen.num_tokens) != counted.forward:
-                self.obstacle = "its forward pass multiplies matrices in a way that is not understood"
-        if watch.forward != 2 * half.forward:
-            self.obstacle = "its cost does not grow linearly with the tokens outside of attention"
+        self.obstacle = _obstacle(model, watch, executed) or self.obstacle
         self.useful_per_token = (watch.forward + watch.backward) / PROBE_TOKENS
         self.executed_per_slot = executed.products / PROBE_TOKENS
         self.attention = watch.attention
@@ -62,7 +62,8 @@ class Throughput:
         weight = model.head.weight
         self.head_product = 2 * model.vocab_size * weight.shape[1]
         hidden_needs_grad = any(parameter.requires_grad for parameter in model.backbone.parameters())
-        self.head_gradients = int(hidden_needs_grad) + int(weight.requires_grad)
+        self.head_trains = any(parameter.requires_grad for parameter in model.head.parameters())
+        self.head_gradients = int(hidden_needs_grad) + self.head_trains
 
     def flops(self, blocks: list[Block], loss: Loss) -> tuple[float, float] | None:
         """(useful, executed) operations of one forward and backward pass over `blocks`; None with an `obstacle`."""
@@ -80,14 +81,52 @@ class Throughput:
                 executed += pairs * (dim_k + dim_v) * self.attention_passes
                 executed += pairs * (3 * dim_k + 2 * dim_v) * needs_grad  # the scores are made again
             read = int((loss.reads(block) & (previous_token(block) >= 0)).sum())
-            useful += read * self.head_product * (1 + self.head_gradients)
+            useful += read * self.head_product * (1 + self.head_gradients) * bool(loss.needs & PROJECTED)
             executed += read * self.head_product * self._head_products(loss)
-        return useful, executed
+        return useful, executed + (self.second.flops(blocks, loss) if self.second is not None else 0.0)
 
     def _head_products(self, loss: Loss) -> int:
-        """Products with the head's weight that the projection really runs: `project` makes vectors' logits twice."""
+        """Products with the head's weight that the projection really runs: it makes vectors' logits twice, and those of
+        a divergence by themselves, twice where the head trains."""
         in_forward = (1 + self.head_gradients) * ("weighted_nll" in loss.needs)
-        return in_forward + (2 + self.head_gradients) * bool(loss.needs & VECTORS)
+        vectors = (2 + self.head_gradients) * bool(loss.needs & VECTORS)
+        divergence = (1 + self.head_trains + self.head_gradients) * ("full_kl" in loss.needs)
+        return in_forward + vectors + divergence
+
+
+class ForwardCost:
+    """Counts the operations of a model that only reads, which is run once on a few tokens here."""
+
+    def __init__(self, model: PolicyModel) -> None:
+        watch, executed = _probe(model, PROBE_TOKENS, backward=False)
+        self.obstacle = _obstacle(model, watch, executed)
+        self.per_slot = watch.forward / PROBE_TOKENS
+        self.attention = watch.attention
+        self.head_product = 2 * model.vocab_size * model.head.weight.shape[1]
+
+    def flops(self, blocks: list[Block], passes: int, head_products: int) -> float:
+        """Operations of `passes` forward passes over `blocks`, with `head_products` products of the head in all with
+        each trained token."""
+        total = 0.0
+        for block in blocks:
+            if not block.num_documents:
+                continue
+            total += passes * self.per_slot * block.num_tokens
+            for (heads, dim_k, dim_v, window, _), layers in self.attention.items():
+                total += passes * 2 * layers * heads * visible_pairs(block.documents, window) * (dim_k + dim_v)
+            total += head_products * self.head_product * int(block.loss_mask.sum())
+        return total
+
+
+def _obstacle(model: PolicyModel, watch: _Watch, executed: _Executed) -> str | None:
+    """Why what was watched is not all that ran, or would not be on more tokens; None: it is."""
+    half, half_executed = _probe(model, PROBE_TOKENS // 2, backward=False)
+    for seen, counted in ((watch, executed), (half, half_executed)):
+        if seen.forward + seen.attention_forward(seen.num_tokens) != counted.forward:
+            return "its forward pass multiplies matrices in a way that is not understood"
+    if watch.forward != 2 * half.forward:
+        return "its cost does not grow linearly with the tokens outside of attention"
+    return None
 
 
 class _Watch(TorchFunctionMode):

@@ -83,10 +83,104 @@ def remote_code(recipe: Recipe) -> Iterator[Misfit]:
     """Code from a hub is pinned to a commit; code in a local folder is what it is."""
     model = recipe.model
     pinned = re.fullmatch(r"[0-9a-f]{40}", model.revision) is not None
-    if model.trust_remote_code and not pinned and not Path(model.path).is_dir():
-        reason = f"would run whatever code {model.path} has at '{model.revision}' on the day of the run"
+    if model.trust_remote_code and not pinned and not Path(model.name).is_dir():
+        reason = f"would run whatever code {model.name} has at '{model.revision}' on the day of the run"
         cure = "set model.revision to a commit hash of 40 hex digits that you have read"
         yield Misfit(("model", "trust_remote_code"), reason, cure)
+
+
+def compiled_adapter(recipe: Recipe) -> Iterator[Misfit]:
+    """torch.compile can trace the adapter."""
+    if recipe.model.compile is not None and getattr(recipe.model.adapter, "use_dora", False):
+        reason = "PEFT's DoRA looks at the kind of a weight in a way that torch.compile cannot trace"
+        yield Misfit(("model", "compile"), reason, "remove model.compile, or use_dora")
+
+
+def rows(recipe: Recipe) -> Iterator[Misfit]:
+    """All losses read the same kind of rows."""
+    kinds = sorted({loss.rows for loss in recipe.workflow.losses()} - {"conversation"})
+    if len(kinds) > 1:
+        reason = f"its losses read rows of different kinds: {' and '.join(kinds)}"
+        yield Misfit(("workflow",), reason, "train them one after the other")
+
+
+def heads(recipe: Recipe) -> Iterator[Misfit]:
+    """Every loss finds the heads it reads, of the form it wants, and every head has a loss that trains it."""
+    losses, parts = recipe.workflow.losses(), recipe.model.head.parts()
+    makes = {part.makes for part in parts.values()}
+    path, read = ("model", "head"), set[str]()
+    for loss in losses:
+        read |= loss.heads().keys()
+        for name, form in loss.heads().items():
+            part, example = parts.get(name), _EXAMPLES[form]
+            named = f"`{example}`" if name == "score" else f"`{{type: multi, heads: {{{name}: {example}}}}}`"
+            if part is None or part.makes != "scores":
+                reason = f"the loss {loss.type} reads the scores of a head '{name}'; the model has {', '.join(parts)}"
+                yield Misfit(path, reason, f"{named}, or name another with the loss's `head:`")
+            elif form == "number" and part.num_outputs(None) != 1:
+                reason = f"the loss {loss.type} reads one number, the head '{name}' says {part.num_outputs(None)}"
+                yield Misfit(path, reason, named)
+            elif form == "classes" and len(part.classes()) < 2:
+                reason = f"the loss {loss.type} reads a score for each class, and the head '{name}' has no classes"
+                yield Misfit(path, reason, named)
+        tokens = sorted(loss.needs & _TOKEN_OUTPUTS)
+        if tokens and "tokens" not in makes:
+            reason = f"the loss {loss.type} reads {tokens[0]} of the language model's head, and `model.head` has none"
+            yield Misfit(path, reason, "`{type: lm}`, or `{type: multi, heads: {lm: {type: lm}, ...}}`")
+        if "embeddings" in loss.needs and "embeddings" not in makes:
+            yield Misfit(path, f"the loss {loss.type} reads embeddings, which no head makes", "`{type: embedding}`")
+    for name, part in parts.items():
+        if losses and part.makes == "scores" and name not in read:
+            yield Misfit(path, f"no loss reads the head '{name}', so it would stay random", "remove it, or add a loss")
+
+
+def whole_steps(recipe: Recipe) -> Iterator[Misfit]:
+    """A loss over embeddings compares all documents of a step, which only the embedding workflow has at once."""
+    workflow = recipe.workflow
+    for loss in workflow.losses():
+        if workflow.type == "embedding" and loss.needs != {"embeddings"}:
+            reason = f"the embedding workflow has vectors for its loss, and {loss.type} reads {', '.join(loss.needs)}"
+            yield Misfit(("workflow", "loss"), reason, "`{type: info_nce}`")
+        if workflow.type != "embedding" and "embeddings" in loss.needs:
+            reason = f"the loss {loss.type} compares all documents of a step, and {workflow.type} cuts it into parts"
+            yield Misfit(("workflow", "type"), reason, "`workflow: {type: embedding, ...}`")
+    if workflow.type == "embedding" and recipe.global_batch_size == 1 and recipe.data.packing.type == "none":
+        reason = "one unpacked row a step holds one query, and no other query's documents to tell its own from"
+        yield Misfit(("global_batch_size",), reason, "raise it, or pack: every query of a step sees all its documents")
+
+
+_EXAMPLES = {
+    "number": "{type: scalar}",
+    "numbers": "{type: linear, size: ...}",
+    "classes": "{type: classification, labels: [...]}",
+}
+_TOKEN_OUTPUTS = {"weighted_nll", "logprobs", "entropy", "topk_logprobs", "full_kl", "candidate_logits", "ranks"}
+
+
+def minimised(recipe: Recipe) -> Iterator[Misfit]:
+    """What is minimised has a gradient."""
+    loss = getattr(recipe.workflow, "loss", None)
+    if loss is not None and not loss.trains:
+        reason = f"{loss.type} measures a model and has no gradient to train it by"
+        yield Misfit(("workflow", "loss"), reason, f"train with nll, and measure: `evaluate: {{type: {loss.type}}}`")
+
+
+def second_models(recipe: Recipe) -> Iterator[Misfit]:
+    """Losses that compare with a second model are in a workflow that has one, and it can be asked before the run."""
+    second = recipe.workflow.second()
+    for loss in recipe.workflow.losses() if second is None else []:
+        asked = loss.asks | loss.needs & {"full_kl"}
+        reference = asked <= {"ref_logprobs", "kto_kl"}
+        whom = "reference" if reference else "teacher"
+        reason = f"the loss {loss.type} compares with a {whom}, and this workflow has none"
+        other = "{type: preference, loss: ...}" if reference else "{type: distill, teacher: {path: ...}, loss: ...}"
+        if asked:
+            yield Misfit(("workflow",), reason, f"`workflow: {other}`")
+    for index, source in enumerate(recipe.data.train):
+        if getattr(second, "precompute", False) and getattr(source, "streaming", False):
+            reason = "a streamed source cannot be gone through once before the run, as `precompute` does"
+            cure = "read it without streaming, or leave out workflow.reference.precompute"
+            yield Misfit(("data", "train", index, "streaming"), reason, cure)
 
 
 CHECKS: tuple[Callable[[Recipe], Iterator[Misfit]], ...] = (
@@ -96,4 +190,10 @@ CHECKS: tuple[Callable[[Recipe], Iterator[Misfit]], ...] = (
     evaluation,
     streams,
     remote_code,
+    compiled_adapter,
+    rows,
+    heads,
+    second_models,
+    minimised,
+    whole_steps,
 )

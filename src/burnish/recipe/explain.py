@@ -26,6 +26,8 @@ ELSEWHERE_CALLED = {
     "lora_r": "model.adapter.r",
     "lora_rank": "model.adapter.r",
     "lora_target_modules": "model.adapter.target_modules",
+    "lora_modules_to_save": "model.adapter.modules_to_save",
+    "load_in_4bit": "model.adapter.type",
     "dataset_name": "data.train",
     "datasets": "data.train",
     "max_seq_length": "data.max_length",
@@ -130,7 +132,7 @@ def _unknown_key(path: KeyPath, data: Any) -> str:
     *_, name = path
     own = block_at(path[:-1], data).model_fields
     near = difflib.get_close_matches(str(name), own, n=1, cutoff=0.75)
-    homes = [home for home in key_paths(Recipe) if home.rpartition(".")[2] == name]
+    homes = dict.fromkeys(home for home in key_paths(Recipe) if home.rpartition(".")[2] == name)
     if near:
         return f"did you mean `{near[0]}`?"
     if name in ELSEWHERE_CALLED:

@@ -15,6 +15,7 @@ from burnish.model.config import ModelConfig
 from burnish.policy.optimizers.base import Optimizer
 from burnish.schedules.base import Schedule
 from burnish.track.base import Tracker
+from burnish.types import RowFormat, RowKind
 from burnish.workflows.base import Workflow
 
 WORKFLOWS = OneOf("burnish.workflows", default="sft")
@@ -81,6 +82,14 @@ class Recipe(Config):
     """Of the data order, dropout and new weights."""
     run_dir: Annotated[str, MinLen(1), Free()]
     """Folder of the run: recipe, metrics, checkpoints, export. The same folder resumes the run."""
+
+    def row_format(self) -> RowFormat:
+        """What every row of the data must be, for the losses of the workflow and the heads of the model."""
+        losses, heads = self.workflow.losses(), self.model.head.parts()
+        kinds: list[RowKind] = [loss.rows for loss in losses if loss.rows != "conversation"]
+        columns = {column: head for loss in losses for column, head in loss.labels().items()}
+        names = {column: heads[head].classes() for column, head in columns.items() if head in heads}
+        return RowFormat(kinds[0] if kinds else "conversation", names)
 
     def resolved(self) -> dict[str, Any]:
         """Plain JSON data of every field, defaults included; `Recipe.model_validate` of it equals this recipe."""

@@ -6,6 +6,7 @@ beside the weights.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,15 +36,27 @@ def exported_folder(path: str) -> str:
     return str(folder / "model")
 
 
-def stream_answer(path: str, prompt: str, *, max_new_tokens: int, temperature: float, seed: int) -> Iterator[str]:
-    """The answer to one user message, piece by piece as it is generated; greedy where temperature is 0.
+def refuse_classifier(folder: Path) -> None:
+    """Raises ModelError for the folder of a reward model: its weights load as a language model's with a random head."""
+    config, adapter = folder / "config.json", folder / "adapter_config.json"
+    written = json.loads((adapter if adapter.exists() else config).read_text()) if config.exists() else {}
+    kind = written.get("task_type") or (written.get("architectures") or [""])[0]
+    if kind == "SEQ_CLS" or kind.endswith("ForSequenceClassification"):
+        raise ModelError(
+            f"this model ({kind}) scores answers and writes none",
+            where=str(folder),
+            cure="ask a language model; a reward model is used by `reward: {type: model, path: ...}`",
+        )
+
+
+def load_chat(path: str) -> tuple[Any, Any]:
+    """(tokenizer, model) of a run, a model folder or a hub id, ready to answer.
 
     Raises:
         ModelError: nothing loadable at `path`, or a tokenizer without a chat template.
-        RunFailed: no token came within `START_SECONDS`.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -51,6 +64,7 @@ def stream_answer(path: str, prompt: str, *, max_new_tokens: int, temperature: f
     folder = exported_folder(path)
     if not Path(folder).is_dir():
         locate(ModelConfig(path=folder))  # a mistyped name is refused at once, not after a minute of asking the hub
+    refuse_classifier(Path(folder))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
@@ -59,7 +73,20 @@ def stream_answer(path: str, prompt: str, *, max_new_tokens: int, temperature: f
         raise ModelError(reason, where=path, cure="give a model folder, a run or a hub id") from error
     if not tokenizer.chat_template:
         raise ModelError("the tokenizer has no chat template", where=path, cure="add chat_template.jinja to the folder")
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return tokenizer, model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def stream_answer(path: str, prompt: str, *, max_new_tokens: int, temperature: float, seed: int) -> Iterator[str]:
+    """The answer to one user message, piece by piece as it is generated; greedy where temperature is 0.
+
+    Raises:
+        ModelError: see `load_chat`.
+        RunFailed: no token came within `START_SECONDS`.
+    """
+    import torch
+    from transformers import TextIteratorStreamer
+
+    tokenizer, model = load_chat(path)
     torch.manual_seed(seed)
     messages = [{"role": "user", "content": prompt}]
     inputs: Any = tokenizer.apply_chat_template(

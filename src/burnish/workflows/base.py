@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,9 +21,13 @@ if TYPE_CHECKING:
     from burnish.losses.base import Loss
     from burnish.policy.checkpoint import Checkpointer
     from burnish.policy.policy import Policy, Update
+    from burnish.policy.second import SecondModel
     from burnish.policy.throughput import Throughput
     from burnish.schedules.base import Schedule
     from burnish.types import Block, Metric
+
+    Measure = Callable[[Iterable[Block]], Mapping[str, Metric]]
+    """What is asked of the held-out rows: one pass over them."""
 
 MAX_BAD_STEPS = 3
 """Non-finite steps in a row that end a run: one is a bad row, three are a diverged model."""
@@ -34,6 +39,25 @@ class Workflow(Component):
     def run(self, run: Run) -> None:
         """Trains to the end, or raises: Stopped when paused, RunFailed, or a UserError from the data."""
         raise AssertionError(f"{type(self).__name__} has no loop")
+
+    def losses(self) -> list[Loss]:
+        """Every loss of the workflow: they say what rows, heads and second models the run needs."""
+        return []
+
+    def second(self) -> SecondModel | None:
+        """The frozen model that the losses compare with, if they do."""
+        return None
+
+
+def minimise(run: Run, loss: Loss, evaluation: Loss | None = None) -> None:
+    """Gradient descent on `loss`, one global batch a step; held-out rows are measured by `evaluation`, or by `loss`."""
+    measure = partial(run.policy.evaluate, loss=evaluation or loss)
+    run.evaluate_at_start(measure)
+    for learning_rate, blocks in run.batches():
+        metrics = run.policy.forward_backward(blocks, loss)
+        update = run.policy.optim_step(learning_rate)
+        run.record(metrics, update, blocks, loss)
+        run.evaluate_if_due(measure)
 
 
 class Journal(Protocol):
@@ -157,24 +181,24 @@ class Run:
                 f"  cure: lower optimizer.learning_rate, or look at those rows"
             )
 
-    def evaluate_at_start(self, loss: Loss) -> None:
+    def evaluate_at_start(self, measure: Measure) -> None:
         """Measures the held-out rows before the first step of a fresh run, written as step 0."""
         if self.held_out is not None and self.step == 0:
-            self._evaluate(self.held_out(), loss)
+            self._evaluate(self.held_out(), measure)
             if self._record:
                 self.journal.log(0, self._record)
 
-    def evaluate_if_due(self, loss: Loss) -> None:
+    def evaluate_if_due(self, measure: Measure) -> None:
         """Measures the held-out rows after the step at hand: every `eval_every` steps, and after the last."""
         if self.held_out is None:
             return
         step, every = self.step + 1, self.cadence.eval_every
         if step == self.cadence.num_steps or self.stream.over or (every is not None and step % every == 0):
-            self._evaluate(self.held_out(), loss)
+            self._evaluate(self.held_out(), measure)
 
-    def _evaluate(self, blocks: Iterable[Block], loss: Loss) -> None:
+    def _evaluate(self, blocks: Iterable[Block], measure: Measure) -> None:
         # A signal does not wait for the held-out set: the step ends without its evaluation, then the run stops.
-        metrics = self.policy.evaluate(takewhile(lambda _: self.stop_requested() is None, blocks), loss)
+        metrics = measure(takewhile(lambda _: self.stop_requested() is None, blocks))
         if self.stop_requested() is not None:
             return
         self._record |= {f"eval_{name}": total / (count or 1.0) for name, (total, count) in metrics.items()}

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal, Self
-
-from pydantic import model_validator
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from burnish.component import OneOf
 from burnish.losses.base import Loss
-from burnish.workflows.base import Workflow
+from burnish.workflows.base import Workflow, minimise
 
 if TYPE_CHECKING:
     from burnish.workflows.base import Run
 
 LOSSES = OneOf("burnish.losses", default="nll")
-OUTPUTS = frozenset({"weighted_nll", "logprobs", "entropy"})
-"""What a loss may need here; the others need a second model or another head."""
 
 
 class SFT(Workflow):
@@ -24,19 +20,12 @@ class SFT(Workflow):
     type: Literal["sft"] = "sft"
     loss: Annotated[Loss, LOSSES] = LOSSES.field(Loss)
     """What is minimised; by default the negative log-likelihood of the trained tokens."""
+    evaluate: Annotated[Loss, LOSSES] | None = None
+    """What is measured on held-out rows; absent: the loss. `{type: ranking}` for items of member histories."""
 
-    @model_validator(mode="after")
-    def _feasible(self) -> Self:
-        missing = sorted(self.loss.needs - OUTPUTS)
-        if missing:
-            raise ValueError(f"the loss {self.loss.type} needs {', '.join(missing)}, which this workflow does not make")
-        return self
+    def losses(self) -> list[Loss]:
+        return [self.loss] if self.evaluate is None else [self.loss, self.evaluate]
 
     def run(self, run: Run) -> None:
         """Gradient descent on the loss, one global batch a step."""
-        run.evaluate_at_start(self.loss)
-        for learning_rate, blocks in run.batches():
-            metrics = run.policy.forward_backward(blocks, self.loss)
-            update = run.policy.optim_step(learning_rate)
-            run.record(metrics, update, blocks, self.loss)
-            run.evaluate_if_due(self.loss)
+        minimise(run, self.loss, self.evaluate)

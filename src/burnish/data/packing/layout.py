@@ -24,17 +24,21 @@ def layout(groups: Sequence[Group], row_length: int, num_documents: int) -> Bloc
     lengths = np.array([len(sample) for sample in samples])
     ends = np.cumsum(lengths)
     starts = ends - lengths
+    prefixes = _prefixes(groups)
     used, tokens = len(samples), int(ends[-1])
     assert used <= num_documents and tokens <= row_length, (used, num_documents, tokens, row_length)
 
     documents = np.zeros((num_documents, 4), np.int32)
     documents[:used, 0], documents[:used, 1] = starts, ends
+    shared = prefixes >= 0
+    before = np.where(shared, lengths[prefixes], 0)
+    documents[:used][shared, 2:] = documents[prefixes[shared], :2]
     group_ids = np.full(num_documents, -1, np.int64)
     group_ids[:used] = np.repeat(np.arange(len(groups)), [len(group.samples) for group in groups])
     document_ids = np.full(row_length, -1, np.int64)
     document_ids[:tokens] = np.repeat(np.arange(used), lengths)
     position_ids = np.zeros(row_length, np.int64)
-    position_ids[:tokens] = np.arange(tokens) - np.repeat(starts, lengths)
+    position_ids[:tokens] = np.arange(tokens) - np.repeat(starts - before, lengths)
     return Block(
         token_ids=_joined([sample.token_ids for sample in samples], row_length, np.dtype(np.int64)),
         loss_mask=_joined([sample.loss_mask for sample in samples], row_length, np.dtype(np.bool_)),
@@ -45,6 +49,15 @@ def layout(groups: Sequence[Group], row_length: int, num_documents: int) -> Bloc
         columns=_columns(samples, row_length, num_documents),
         sample_ids=tuple(sample.sample_id for sample in samples),
     )
+
+
+def _prefixes(groups: Sequence[Group]) -> np.ndarray:
+    """int64 [samples]: the index in the row of the sample that stands before each, -1 where none does."""
+    prefixes, first = [], 0
+    for group in groups:
+        prefixes += [-1 if sample.prefix is None else first + sample.prefix for sample in group.samples]
+        first += len(group.samples)
+    return np.array(prefixes)
 
 
 def empty_block(row_length: int, num_documents: int, columns: Mapping[str, torch.Tensor]) -> Block:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from burnish.component import Component
+from burnish.types import CONVERSATIONS, RowFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,6 +28,13 @@ class LiveRenderer(Protocol):
 class Renderer(Component):
     """How a row becomes tokens, and which of them are trained."""
 
-    def open(self, tokenizer: PreTrainedTokenizerBase) -> LiveRenderer:
-        """Proves on probe conversations that the mask can be located. Raises DataError with reason and cure if not."""
+    def open(self, tokenizer: PreTrainedTokenizerBase, row_format: RowFormat = CONVERSATIONS) -> LiveRenderer:
+        """Proves on probe conversations that the mask can be located.
+
+        Args:
+            row_format: what every row must be, for the losses that will read it.
+
+        Raises:
+            DataError: with reason and cure, where that cannot be, or where it cannot make such rows.
+        """
         raise AssertionError(f"{type(self).__name__} cannot be opened")

@@ -54,6 +54,17 @@ class SpanTokenizer:
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return self._by_bytes(encodings, texts, spans, self._bytes)
 
+    def at(self, texts: Sequence[str], places: Sequence[Sequence[int]]) -> list[Tokens]:
+        """Tokens of each text, of which those that hold the characters at `places` are trained."""
+        result = []
+        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        for encoding, own in zip(encodings, places, strict=True):
+            ids = np.fromiter(encoding.ids, np.int32, len(encoding))
+            trained = np.zeros(len(ids), bool)
+            trained[[token for place in own if (token := encoding.char_to_token(place)) is not None]] = True
+            result.append(Tokens(ids, trained, 0))
+        return result
+
     def _by_bytes(
         self, encodings: list[Encoding], texts: Sequence[str], spans: Sequence[Sequence[Span]], table: np.ndarray
     ) -> list[Tokens]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import model_validator
 
-from burnish.data.tokenizers.base import Tokenizer
+from burnish.data.tokenizers.base import TextTokenizer
 from burnish.errors import ModelError
 from burnish.hub import reachable
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Pretrained(Tokenizer):
+class Pretrained(TextTokenizer):
     """Another tokenizer than the model's own, for example one with a chat template."""
 
     type: Literal["pretrained"] = "pretrained"
@@ -33,7 +33,7 @@ class Pretrained(Tokenizer):
             raise ValueError("trust_remote_code needs `revision` to be the commit hash (40 hex digits) you have read")
         return self
 
-    def open(self, model_path: str, revision: str = "main") -> PreTrainedTokenizerBase:
+    def open(self, model_path: str | None, revision: str = "main") -> PreTrainedTokenizerBase:
         return open_tokenizer(self.path, self.revision, trust_remote_code=self.trust_remote_code)
 
 

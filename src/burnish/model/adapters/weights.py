@@ -1,0 +1,132 @@
+"""The weights of an adapter: their initial values, the weight they amount to, and their names in PEFT's files."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from burnish.model.parallel import whole
+from burnish.model.seeded import generator
+
+if TYPE_CHECKING:
+    from burnish.model.policy_model import PolicyModel
+
+ADAPTER = "default"
+"""PEFT's name for the one adapter of a model; it is part of parameter names (`q_proj.lora_A.default.weight`)."""
+
+
+@torch.no_grad()
+def initialise(model: PolicyModel, seed: int) -> None:
+    """Gives every adapter weight its first value, in float32: one factor of the update is drawn, the other is zero, and
+    DoRA's magnitudes are the norms that the frozen weight has.
+
+    The laws are PEFT's: A of a linear layer uniform in +-1/sqrt(fan_in), B of an embedding normal; but each is drawn on
+    the CPU from a generator of its own.
+    """
+    for name, parameter in model.causal_lm.named_parameters():
+        if ".lora_" not in name or parameter.is_meta:
+            continue
+        parameter.data = parameter.data.float()
+        if ".lora_magnitude_vector" in name:
+            layer = model.causal_lm.get_submodule(name.partition(".lora_")[0])
+            # By PEFT's own function: the forward pass divides by what it returns, and must find exactly one.
+            norms = layer.lora_magnitude_vector[ADAPTER].get_weight_norm(frozen_weight(layer).float(), 0.0, 1.0)
+            parameter.data = norms.clone()
+        elif ".lora_A" in name:
+            bound = 1 / math.sqrt(parameter.shape[1])
+            parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator(seed, name)))
+        elif ".lora_embedding_B" in name:
+            parameter.copy_(torch.empty(parameter.shape).normal_(generator=generator(seed, name)))
+        else:
+            parameter.zero_()
+
+
+def frozen_weight(layer: Any) -> Tensor:
+    """The weight an adapted layer has beside its adapter, or that of a plain layer; four bits are expanded."""
+    layer = getattr(layer, "base_layer", layer)
+    if getattr(layer.weight, "quant_state", None) is None:
+        return layer.weight
+    from peft.utils.integrations import dequantize_module_weight
+
+    return dequantize_module_weight(layer)
+
+
+def adapted_weight(layer: Any, read: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Tensor:
+    """The one weight that computes what an adapted layer does, laid out and rounded as its frozen weight; a gradient
+    flows to the adapter. For a weight W of [outputs, inputs]
+
+        W' = W + scale B A                                       LoRA; scale = lora_alpha / r, with rsLoRA / sqrt(r)
+        W' = m (W + scale B A) / |W + scale B A|                 DoRA; |.| a norm for each output, constant
+
+    summed in float32. A `Conv1D` keeps W transposed, and the embedding of V tokens is a layer of V inputs.
+
+    Args:
+        read: applied to each tensor first; `whole` gathers what is sharded.
+    """
+    is_embedding = bool(layer.lora_embedding_A)
+    a = layer.lora_embedding_A[ADAPTER] if is_embedding else layer.lora_A[ADAPTER].weight
+    b = layer.lora_embedding_B[ADAPTER] if is_embedding else layer.lora_B[ADAPTER].weight
+    weight = read(frozen_weight(layer))
+    transposed = is_embedding or layer.fan_in_fan_out
+    update = layer.scaling[ADAPTER] * (read(b).float() @ read(a).float())
+    adapted = weight.float() + (update.T if transposed else update)
+    if ADAPTER in layer.lora_magnitude_vector:
+        m = read(layer.lora_magnitude_vector[ADAPTER].weight)
+        output = 1 if transposed else 0
+        norms = torch.linalg.norm(adapted.detach(), dim=1 - output, keepdim=True).to(m.dtype)
+        # Padding rows of a head are zero: without a floor 0 / 0 would reach B and A through their gradients.
+        adapted = adapted * (m.unsqueeze(1 - output) / norms.clamp(min=torch.finfo(torch.float32).tiny)).float()
+    return adapted.to(weight.dtype)
+
+
+def weights_without_adapter(model: PolicyModel, *, merge: bool) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, whole tensor) of every weight, under the names from before `apply`.
+
+    With `merge` an adapted weight is W' of `adapted_weight`, rounded once, and a module that was trained in full is the
+    trained one; else both are what they were. Four bits come out as the floats that they stand for.
+    """
+    passed = "original_module." if merge else f"modules_to_save.{ADAPTER}."
+    kept = f"modules_to_save.{ADAPTER}." if merge else "original_module."
+    state: dict[str, Any] = model.state_dict(keep_vars=True)
+    four_bits = {name for name, tensor in state.items() if getattr(tensor, "quant_state", None) is not None}
+    for name, tensor in state.items():
+        if ".lora_" in name or passed in name or name.partition(".weight.")[0] + ".weight" in four_bits - {name}:
+            continue
+        layer_name, _, leaf = name.rpartition(".base_layer.")
+        if layer_name and leaf == "weight" and merge:
+            tensor = adapted_weight(model.get_submodule(layer_name), whole).detach()
+        elif name in four_bits:
+            tensor = frozen_weight(model.get_submodule(name.removesuffix(".weight")))
+        yield name.replace(".base_layer.", ".").replace(f".{kept}", "."), whole(tensor)
+
+
+def adapter_tensors(model: PolicyModel) -> dict[str, Tensor]:
+    """What was trained, under the names of PEFT's `adapter_model.safetensors`, padding rows cut off. A tied weight is
+    written under both names.
+
+    PEFT writes DoRA's magnitudes as `lora_magnitude_vector`, which transformers' own reader of such files passes over;
+    both read `lora_magnitude_vector.weight`.
+    """
+    found = {}
+    for name, parameter in model.causal_lm.named_parameters(remove_duplicate=False):
+        layer, _, part = re.sub(r"\.(lora_|modules_to_save)", r" \1", name).partition(" ")
+        if part:
+            tensor = _cut(model, layer, part, whole(parameter))
+            part = part.removeprefix(f"modules_to_save.{ADAPTER}.").replace(f".{ADAPTER}", "")
+            found[f"base_model.model.{layer}.{part}"] = tensor.contiguous().clone()
+    return found
+
+
+def _cut(model: PolicyModel, layer: str, part: str, tensor: Tensor) -> Tensor:
+    """Without what belongs to padding rows of the vocabulary."""
+    if layer not in model.padded:
+        return tensor
+    if part.startswith("lora_embedding_A"):
+        return tensor[:, : model.vocab_size]
+    by_token = part.startswith(("lora_B", "modules_to_save")) or layer == model.head_name
+    return tensor[: model.vocab_size] if by_token and not part.startswith("lora_A") else tensor

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from burnish.data.formats import Conversation
-from burnish.types import RowFormat
+from burnish.data.formats import Conversation, parts
+from burnish.errors import DataError
+from burnish.types import CONVERSATIONS, Row, RowFormat
 from tests.formats_helpers import BAD, GOOD, USER, context, parsed, refusal, said
 
 PAIRS, UNPAIRED = RowFormat("preference"), RowFormat("unpaired")
@@ -186,3 +187,11 @@ def test_pairs_are_not_imitated():
     error = refusal({"prompt": "a", "chosen": "b", "rejected": "c"}, RowFormat())
     assert "the row has prompt, chosen, rejected" in error.reason
     assert "`workflow: {type: preference}`" in error.cure
+
+
+def test_an_answer_that_is_marked_bad_is_not_imitated():
+    bad = Row({"prompt": "a", "completion": "b", "label": False}, "rows.jsonl:4")
+    with pytest.raises(DataError, match="marked bad, and would be imitated") as refused:
+        parts(bad, CONVERSATIONS)
+    assert refused.value.where == "rows.jsonl:4"
+    assert len(parts(Row({"prompt": "a", "completion": "b", "label": True}, "rows.jsonl:5"), CONVERSATIONS)) == 1

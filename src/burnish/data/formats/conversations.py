@@ -33,6 +33,9 @@ def parts(record: dict[str, Any], _: RowFormat) -> list[Part]:
     content = said(record)
     if isinstance(content, Conversation) and not has_assistant(content.messages):
         raise Refused("the conversation has no assistant turn, so nothing can be trained", "remove the row")
+    if record.get("label") is False or record.get("kto_tag") is False:
+        cure = "`workflow: {type: preference, loss: {type: kto}}`, or rename the column: `columns: {label: unused}`"
+        raise Refused("label: false: the answer is marked bad, and would be imitated", cure)
     return [Part(content)]
 
 

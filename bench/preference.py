@@ -1,10 +1,10 @@
-"""DPO beside TRL's DPOTrainer: `python -m bench.preference`, about five minutes, or `--lora`.
+"""DPO beside TRL's DPOTrainer: `python -m bench.preference`, about ten minutes, or `--lora`.
 
 The same model, weights, pairs, batches, optimizer and learning rate, in float32 on one thread, without activation
 checkpointing: full fine-tuning with a frozen reference, or a LoRA adapter whose reference is the model without it. Each
 side runs in a process of its own. `over_mib` is the peak resident set less what policy and optimizer must hold: the
-process once its policy is loaded, plus gradients and two moments. The losses of all steps are compared. Results go to
-`bench/results/preference.json` or `preference_lora.json`.
+process once its policy is loaded, plus gradients and two moments. Times are CPU
+seconds. The losses of all steps are compared. Results: `bench/results/preference.json` and `preference_lora.json`.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Meter:
         self.losses: list[float] = []
 
     def step(self, loss: float) -> None:
-        self.ends.append(time.perf_counter())
+        self.ends.append(time.process_time())
         self.losses.append(loss)
 
     def result(self) -> dict[str, Any]:

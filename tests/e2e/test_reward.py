@@ -127,10 +127,12 @@ def test_the_reward_component_sees_what_training_saw(trained: Path) -> None:
 
     prompts = [row["prompt"] for row in rows] * 2
     completions = [row["chosen"] for row in rows] + [row["rejected"] for row in rows]
-    scores = reward(prompts, completions, other=[0] * 8)
+    scores = reward(prompts, completions, trainer_state=object())  # TRL hands over more than columns
     assert min(scores[:4]) > max(scores[4:])
     alone = [reward([prompt], [said])[0] for prompt, said in zip(prompts, completions, strict=True)]
     assert scores == pytest.approx(alone, abs=1e-5)
+    thinking = Model(path=str(trained), chat_template_kwargs={"enable_thinking": True}).open()
+    assert thinking(prompts[:1], completions[:1], chat_template_kwargs=[{"enable_thinking": False}]) == alone[:1]
 
 
 def test_an_adapter_run_keeps_adapter_and_head_alone(lab: Lab) -> None:

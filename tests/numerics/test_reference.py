@@ -262,6 +262,14 @@ def test_a_mismatched_pair_is_cut_to_the_row_and_rows_hold_what_they_held() -> N
     assert mismatched([one]) == []
 
 
+def test_a_mismatched_pair_is_cut_to_the_models_positions() -> None:
+    """Prompts of 2 tokens, answers of 9 and 12: a model of 12 positions, enough for neither answer's own document, is
+    never asked about a thirteenth, however long the row is."""
+    (row,) = mismatched([token_block([PAIRS[1]], 64, shared=False)], 12)
+    assert [end - start for start, end, _, _ in row.documents[:2].tolist()] == [12, 11]
+    assert int(row.position_ids.max()) == 11 and int(row.loss_mask.sum()) == 10 + 9
+
+
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
 @pytest.mark.parametrize("shared", [False, True], ids=["own-prompts", "shared"])
 def test_the_kto_kl_is_the_mean_log_ratio_of_mismatched_pairs(
@@ -290,6 +298,20 @@ def test_the_kto_kl_is_never_below_0(folder: Path, sharp: Path, mesh: Mesh, tmp_
     policy = open_policy(Reference(path=str(folder)), surroundings(student(sharp), mesh, tmp_path))
     for block in policy.annotated(pair_rows(), KTO()):
         assert block.columns["kto_kl"].tolist() == [0.0] * 12
+
+
+def test_an_evaluation_of_kto_does_not_depend_on_micro_batches(
+    folder: Path, sharp: Path, mesh: Mesh, tmp_path: Path
+) -> None:
+    """Its reference point is that of as many rows as a step has, not of a micro-batch: a row of one answer has none."""
+
+    def evaluated(micro_batch_size: int, at_once: int) -> tuple[float, float]:
+        around = surroundings(student(folder), mesh, tmp_path, micro_batch_size=micro_batch_size)
+        metrics = open_policy(Reference(path=str(sharp)), around).evaluate(pair_rows(), KTO(), at_once=at_once)
+        return metrics["loss"][0], metrics["kl"][0]
+
+    assert evaluated(1, 2) == pytest.approx(evaluated(2, 2), rel=1e-6)
+    assert evaluated(1, 1)[1] != pytest.approx(evaluated(1, 2)[1], rel=1e-3)
 
 
 # What it costs

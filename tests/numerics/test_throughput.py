@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from burnish.losses.base import Loss
@@ -37,6 +38,31 @@ class Entropic(Loss):
     def __call__(self, outputs: TokenOutputs, block: Block) -> LossOutput:
         assert outputs.logprobs is not None and outputs.entropy is not None
         return LossOutput(outputs.logprobs.sum() + outputs.entropy.sum(), {})
+
+
+class Sampled(Loss):
+    """Each token against five ids: a product with five rows of the head, not with all of them."""
+
+    type: Literal["sampled"] = "sampled"
+    needs: ClassVar[frozenset[str]] = frozenset({"candidate_logits"})
+
+    def candidates(self, block: Block) -> Tensor:
+        return torch.arange(5)
+
+    def __call__(self, outputs: TokenOutputs, block: Block) -> LossOutput:
+        assert outputs.candidate_logits is not None
+        return LossOutput(outputs.candidate_logits.sum(), {})
+
+
+class States(Loss):
+    """Hidden states alone: no product with the head."""
+
+    type: Literal["states"] = "states"
+    needs: ClassVar[frozenset[str]] = frozenset({"hidden_states"})
+
+    def __call__(self, outputs: TokenOutputs, block: Block) -> LossOutput:
+        assert outputs.hidden_states is not None
+        return LossOutput(outputs.hidden_states.sum(), {})
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +116,7 @@ CHANGES: dict[str, Callable[[PolicyModel], object]] = {
 }
 
 
-@pytest.mark.parametrize("loss", [NLL(), Entropic()], ids=["nll", "vectors"])
+@pytest.mark.parametrize("loss", [NLL(), Entropic(), Sampled(), States()], ids=lambda loss: loss.type)
 @pytest.mark.parametrize("change", CHANGES)
 def test_executed_is_what_the_counter_sees(mesh: Mesh, change: str, loss: Loss) -> None:
     model = build("llama", CHANGES[change])
@@ -110,17 +136,18 @@ def test_every_family_is_counted_as_the_counter_sees_it(mesh: Mesh, family: str)
     assert flops is not None and flops[1] == sum(counted(model, mesh, blocks(), NLL()).values())
 
 
+@pytest.mark.parametrize("loss", [NLL(), Sampled(), States()], ids=lambda loss: loss.type)
 @pytest.mark.parametrize("change", ["full", "lora", "lora on q and v", "lora on the mlp", "half frozen"])
-def test_useful_products_without_padding_are_what_the_counter_sees(mesh: Mesh, change: str) -> None:
+def test_useful_products_without_padding_are_what_the_counter_sees(mesh: Mesh, change: str, loss: Loss) -> None:
     """Where no slot is padding and nothing is recomputed, all products that ran are useful. Attention is left out: its
     backward pass makes the scores again, five products for the four that are useful."""
     model = build("llama", CHANGES[change])
     throughput = Throughput(model)
     rows = [pack([document], len(document)) for document in DOCUMENTS]
-    flops = throughput.flops(rows, NLL())
+    flops = throughput.flops(rows, loss)
     assert flops is not None
     useful_flops, executed = flops
-    seen = counted(model, mesh, rows, NLL())
+    seen = counted(model, mesh, rows, loss)
     assert executed == sum(seen.values())
     layers_back = sum(n for (*_, needs_grad), n in throughput.attention.items() if needs_grad)
     forward = 2 * HEADS * PAIRS * 2 * HEAD_DIM

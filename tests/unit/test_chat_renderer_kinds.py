@@ -111,6 +111,13 @@ def test_the_last_token_of_each_step_is_graded(tokenizer, prompt, text: str) -> 
     assert np.isnan(label[~sample.loss_mask]).all()
 
 
+def test_a_step_is_not_found_in_the_end_of_its_turn(tokenizer) -> None:
+    row = Row({"prompt": [user("m?")], "completions": ["m"], "labels": [True]}, "x:1")  # as in <|im_end|>
+    (rendered,) = Chat().open(tokenizer, RowFormat("stepwise")).render([row])
+    ((text, _, _),) = group_of(tokenizer, rendered)
+    assert text == "<|im_start|>user\nm?<|im_end|>\n<|im_start|>assistant\n[[m]]<|im_end|>\n"
+
+
 def test_steps_that_a_template_takes_apart_are_refused() -> None:
     live = Chat().open(byte_level(THINKING), RowFormat("stepwise"))
     record = {"prompt": [user("2+2?")], "completions": ["<think>hm</think>", "is 4"], "labels": [1, 0]}

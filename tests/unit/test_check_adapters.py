@@ -51,6 +51,31 @@ def test_targets_are_refused_at_check_time(
     assert "q_proj" in refused["cure"]
 
 
+NEW_TOKENS = {"type": "model", "add_tokens": {"tokens": ["<a>", "<b>", "<c>"]}}
+
+
+def test_rows_of_new_tokens_are_counted_and_the_frozen_ones_are_not(
+    tiny_model: Path, tiny_train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blocks = tiny_run.recipe(tiny_model, tiny_train, tmp_path / "run")
+    blocks["data"]["tokenizer"] = NEW_TOKENS
+    assert cli.main(["check", str(tiny_run.write_recipe(tmp_path / "r.yaml", blocks)), "--json"]) == 0
+    texts = [f["text"] for f in json.loads(capsys.readouterr().out)["findings"]]
+    # 57,072 and three rows of 48 in the matrix, and once more as what trains; of the matrix, 323 rows are frozen.
+    assert f"{57_072 + 2 * 3 * 48:,} parameters, {57_072 - 320 * 48 + 3 * 48:,} of them trained" in texts
+
+
+def test_an_adapter_on_a_head_with_new_rows_is_refused_at_check_time(
+    tiny_model: Path, tiny_train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blocks = tiny_run.recipe(tiny_model, tiny_train, tmp_path / "run")
+    blocks["model"]["adapter"] = {"type": "lora", "r": 4, "target_modules": ["q_proj", "lm_head"]}
+    blocks["data"]["tokenizer"] = NEW_TOKENS
+    assert cli.main(["check", str(tiny_run.write_recipe(tmp_path / "r.yaml", blocks)), "--json"]) == 2
+    [refused] = [f for f in json.loads(capsys.readouterr().out)["findings"] if f["verdict"] == "refused"]
+    assert refused["text"].startswith("data.tokenizer.add_tokens.train: the adapter changes embedding or head")
+
+
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="it is installed")
 def test_four_bits_without_bitsandbytes_are_refused_at_check_time(
     tiny_model: Path, tiny_train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -80,6 +80,12 @@ def test_pairs_as_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert shown.count("which one is the bird?") == 1
 
 
+def test_rows_with_as_many_tokens_as_places_for_documents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = recipe(tmp_path, [{"prompt": "a", "completion": "b", "label": True}] * 9, DPO | {"loss": {"type": "kto"}})
+    found = samples(path, capsys, "data.max_length=8", "data.packing.row_length=8")
+    assert [s["part"] for s in found] == ["desirable"] * 3 and found[0]["columns"]["weight"] == 1.0
+
+
 def test_judged_answers_steps_and_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"prompt": "a", "completion": "b", "label": label} for label in (True, False)]
     path = recipe(tmp_path, rows, {"type": "preference", "loss": {"type": "kto"}})

@@ -10,6 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from burnish.data.sources.events import Events, Span, spans
+from burnish.data.sources.interactions import moment
 from burnish.errors import DataError
 from burnish.losses.info_nce import InfoNCE
 from burnish.recipe.schema import Recipe
@@ -124,6 +125,16 @@ def test_a_bad_history_is_refused_at_its_line(tmp_path, row, reason):
     with pytest.raises(DataError) as refused:
         Events(path=path).open().rows([0, 1])
     assert (refused.value.where, refused.value.reason) == (f"{path}:2", reason)
+
+
+def test_histories_have_no_core(tmp_path):
+    path = write(tmp_path / "h.jsonl", '{"items": ["a", "b"]}\n')
+    with pytest.raises(DataError, match="count the events of a table, and these rows are histories"):
+        Events(path=path, min_item_events=2).open()
+
+
+def test_a_time_without_a_zone_is_utc():
+    assert moment("1970-01-02", "t.csv:2") == moment("1970-01-02T01:00+01:00", "t.csv:2") == 86400
 
 
 def test_histories_out_of_order_can_be_sorted(tmp_path):

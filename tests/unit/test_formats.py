@@ -171,6 +171,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "unknown format: the row has question, answer; accepted are messages",
         "columns:",
     ),
+    ({"user": "7", "events": []}, "a row of the kind history", "renderer: {type: events}"),
     ({}, "unknown format: the row has no columns", "columns:"),
     ({"prompt": "a", "chosen": "b", "rejected": "c"}, "the row has prompt, chosen, rejected", "{type: preference}"),
     (

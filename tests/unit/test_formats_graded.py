@@ -65,6 +65,28 @@ def test_a_class_by_name_or_index(written: Any, number: float):
     assert said(part) == "fine" and part.columns == {"label": number} and not part.trains
 
 
+@pytest.mark.parametrize(
+    ("classes", "written", "number"),
+    [
+        (("true", "false"), True, 0),
+        (("True", "False"), False, 1),
+        (("no", "yes"), True, 1),
+        (("1", "2", "3"), 1, 0),
+        (("1", "2", "3"), 3.0, 2),
+        (("0", "1"), True, 1),
+        (("0", "1"), 0, 0),
+    ],
+)
+def test_a_value_that_spells_a_class_is_not_an_index(classes: tuple[str, ...], written: Any, number: float):
+    (part,) = parsed({"text": "fine", "label": written}, RowFormat("labelled", {"label": classes}))
+    assert part.columns == {"label": number}
+
+
+def test_classes_called_by_numbers_have_no_indices():
+    error = refusal({"text": "fine", "label": 0}, RowFormat("labelled", {"label": ("1", "2", "3")}))
+    assert error.reason == "label: 0 is none of the classes 1, 2, 3" and error.cure == "write a class by its name"
+
+
 def test_labels_of_several_tasks_in_columns_or_in_one():
     (part,) = parsed({"messages": [USER, GOOD], "topic": "law", "quality": 0.5}, TASKS)
     assert part.columns == {"topic": 2.0, "quality": 0.5} and said(part) == [USER, GOOD]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections import Counter
 from pathlib import Path
@@ -12,9 +13,9 @@ import pytest
 
 from burnish.cli import main
 from burnish.data.formats.asked import asked
-from burnish.errors import DataError
+from burnish.errors import DataError, ModelError
 from burnish.rollout.answers import Question, Sampling, Tally, answer_all
-from burnish.rollout.generate import stream_answer
+from burnish.rollout.generate import load_chat, stream_answer
 from burnish.types import Row
 from tests import tiny_run
 
@@ -121,6 +122,19 @@ def test_a_row_that_the_template_refuses_is_named(talker: Path, tmp_path: Path) 
         answer(talker, tmp_path / "out.jsonl", [*questions(2), bad])
 
 
+def test_a_content_that_the_template_cannot_take_is_refused_too(talker: Path, tmp_path: Path) -> None:
+    parts = Question("train.jsonl:9", [{"role": "user", "content": [{"type": "text", "text": "hi"}]}])
+    with pytest.raises(DataError, match=r"train\.jsonl:9: the chat template refuses it"):
+        answer(talker, tmp_path / "out.jsonl", [parts])
+
+
+def test_an_embedding_model_is_not_talked_to(talker: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(talker, tmp_path / "search")
+    (folder / "modules.json").write_text("[]")
+    with pytest.raises(ModelError, match="makes vectors of texts and writes none"):
+        load_chat(str(folder))
+
+
 SAID = {"role": "assistant", "content": "an answer"}
 ASKED = {"role": "user", "content": "hi"}
 
@@ -164,6 +178,7 @@ def test_rows_that_ask_nothing_are_refused_by_their_place(record: dict[str, Any]
         (["model", "hello", "--rows", "rows.jsonl"], "or two do"),
         (["model", "--rows", "rows.jsonl"], "nowhere to go"),
         (["model", "--rows", "rows.jsonl", "--to", "out.jsonl", "--num-answers", "2"], "are the same one"),
+        (["model", "--rows", "rows.jsonl", "--to", "nowhere/out.jsonl"], "nowhere: no such folder"),
     ],
 )
 def test_commands_that_make_no_sense_are_refused(

@@ -24,6 +24,12 @@ schedule: {type: cosine, warmup_steps: 5}
 num_steps: 20
 run_dir: runs/a
 """
+REGRESSION = "workflow={{type: reward, loss: {{type: regression, label: {0}}}}}"
+CLASS_AND_NUMBER = (
+    "workflow={{type: reward, loss: {{type: sum, terms: ["
+    "{{loss: {{type: classification, head: kind}}}}, {{loss: {{type: regression, head: size, label: {0}}}}}]}}}}"
+)
+TWO_HEADS = "model.head={type: multi, heads: {kind: {type: classification, labels: [a, b]}, size: {type: scalar}}}"
 OWN_LOSS = """
 from burnish.losses.base import Loss
 
@@ -164,6 +170,21 @@ def test_parts_that_do_not_fit_are_told_all_at_once(recipe_file):
         (["global_batch_size=12", "micro_batch_size=8"], "[8 or 16; or micro_batch_size: 6]"),
         (["num_steps=null", "num_epochs=2", "data.train.0.streaming=true"], "data.train.0.streaming: the length of a"),
         (["model.trust_remote_code=true", f"model.revision={'g' * 40}"], "model.trust_remote_code: would run"),
+        (
+            [REGRESSION.format("weight"), "model.head={type: scalar}"],
+            "workflow: the column `weight` multiplies a row's",
+        ),
+        (
+            [CLASS_AND_NUMBER.format("label"), TWO_HEADS],
+            "workflow: the column `label` would have to be a class for one",
+        ),
+        (
+            [
+                "model={config: {model_type: llama}}",
+                "data.tokenizer={type: pretrained, path: x, add_tokens: {tokens: [a]}}",
+            ],
+            "data.tokenizer.add_tokens.train: the other rows of a fresh model are random",
+        ),
     ],
 )
 def test_each_misfit(recipe_file, overrides, problem):
@@ -180,6 +201,7 @@ def test_each_misfit(recipe_file, overrides, problem):
         ["data.train.0.streaming=true"],
         ["model.trust_remote_code=true", f"model.revision={'0a' * 20}"],
         ["global_batch_size=6", "micro_batch_size=3", "eval_every=5"],
+        [CLASS_AND_NUMBER.format("length"), TWO_HEADS],
     ],
 )
 def test_what_just_fits_is_taken(recipe_file, overrides):

@@ -88,6 +88,19 @@ def test_a_new_run_does_not_take_the_export_of_another_for_its_own(tmp_path):
         assert folder.recipe() == {"seed": 1}
 
 
+def test_a_run_goes_on_with_the_tokens_it_began_with(tmp_path):
+    with open_run_folder(tmp_path) as folder:
+        folder.hold_tokens({"tokenizer": "abc", "chat_template": "x"})
+        folder.hold_tokens({"tokenizer": "abd", "chat_template": "x"})  # no checkpoint yet: nothing was learned
+        folder.write_recipe({})
+        (tmp_path / "checkpoint-4").mkdir()
+        (tmp_path / "checkpoint-4" / "manifest.json").write_text("{}")
+        folder.hold_tokens({"tokenizer": "abd", "chat_template": "x"})
+        with pytest.raises(ResumeError, match="tokenizer: not what the run was trained with"):
+            folder.hold_tokens({"tokenizer": "abc", "chat_template": "x"})
+        assert json.loads((tmp_path / "tokens.json").read_text())["tokenizer"] == "abd"
+
+
 def test_events_are_appended_over_restarts(tmp_path):
     with open_run_folder(tmp_path) as folder:
         folder.event("checkpoint_failed", step=20, reason="No space left on device")

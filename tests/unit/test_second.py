@@ -20,6 +20,7 @@ from burnish.losses.hidden_kd import HiddenKD
 from burnish.losses.topk_kd import TopKKD
 from burnish.mesh import Mesh, open_mesh
 from burnish.policy.answers import Answers, answer_all, keys_of
+from burnish.policy.checkpoint.manifest import encode_manifest
 from burnish.policy.second import TOP_K, Reference, Surroundings, Teacher
 from burnish.recipe import load_recipe
 from burnish.types import Block, Group, NewTokens, Sample
@@ -312,6 +313,11 @@ def test_a_cache_of_other_tokens_is_refused_with_the_reasons(folder: Path, mesh:
     refused = [
         (Teacher(cache=str(cache), top_k=3), here, r"another top_k \(2, not 3\)"),
         (Teacher(cache=str(cache), top_k=2, path="small"), here, r"another teacher \(big, not small\)"),
+        (
+            Teacher(cache=str(cache), top_k=2, path="big", revision="v2"),
+            here,
+            r"another revision of the teacher \(main, not v2\)",
+        ),
         (teacher, replace(here, chat_template="another"), "another chat template"),
         (teacher, student(described(tmp_path / "wide", vocab_size=384)), r"another vocabulary size \(320, not 384\)"),
     ]
@@ -324,6 +330,21 @@ def test_a_cache_of_other_tokens_is_refused_with_the_reasons(folder: Path, mesh:
         assert (caught.value.where, caught.value.cure.endswith("`burnish cache-teacher RECIPE`")) == (str(cache), True)
     with pytest.raises(DataError, match=r"manifest\.json cannot be read"):
         Teacher(cache=str(tmp_path / "none")).agree(here, [])
+    answer_all(Counting(), around_of(mesh, tmp_path, rows), COLUMNS, tmp_path / "reference", here.facts())
+    with pytest.raises(DataError, match="what a reference said"):
+        Teacher(cache=str(tmp_path / "reference")).agree(here, [])
+
+
+def test_a_checkpoint_is_neither_read_as_a_cache_nor_replaced_by_one(folder: Path, mesh: Mesh, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "answers"
+    checkpoint.mkdir()
+    manifest = encode_manifest({"format": 1, "step": 20, "files": {}, "tensors": {}})
+    (checkpoint / "manifest.json").write_bytes(manifest)
+    with pytest.raises(DataError, match="a manifest of something else"):
+        Teacher(cache=str(checkpoint)).agree(student(folder), [])
+    with pytest.raises(DataError, match="holds something else"):
+        written(mesh, tmp_path)
+    assert (checkpoint / "manifest.json").read_bytes() == manifest
 
 
 # Recipes
@@ -337,8 +358,9 @@ def test_a_cache_of_other_tokens_is_refused_with_the_reasons(folder: Path, mesh:
         ({"type": "sft", "loss": {"type": "kd"}}, "the loss kd compares with a teacher"),
         ({"type": "preference", "loss": {"type": "topk_kd"}}, "which a reference does not say"),
         ({"type": "preference", "loss": {"type": "kto"}, "reference": {"precompute": True}}, "mismatched answers"),
-        ({"type": "preference", "loss": {"type": "kd"}, "reference": {"precompute": True}}, "asks full_kl, which"),
-        ({"type": "preference", "loss": {"type": "simpo"}, "reference": {"precompute": True}}, "nothing to precompute"),
+        ({"type": "preference", "loss": {"type": "kd"}, "reference": {"precompute": True}}, "are not kept: use"),
+        ({"type": "preference", "loss": {"type": "simpo"}, "reference": {"precompute": True}}, "has no reference"),
+        ({"type": "preference", "loss": {"type": "orpo"}, "reference": {"path": "other"}}, "has no reference"),
         ({"type": "distill", "teacher": {}}, "a teacher is named by `path`, or by the `cache`"),
         ({"type": "distill", "teacher": {"cache": "c"}, "loss": {"type": "kd"}}, "a cache keeps the likeliest"),
     ],

@@ -247,7 +247,7 @@ class Preflight:
         shares = ", ".join(f"{count / tokens:.1%} {fate}" for fate, count in seen.fates.most_common())
         rows = f"{'all' if whole else 'the first'} {seen.num_rows:,}"
         longest = f"; longest {seen.longest:,} of {self.recipe.data.max_length:,}" if seen.lengths else ""
-        text = f"{name}: {rows} rows, {seen.fates.total():,} tokens: {shares}{longest}"
+        text = f"{name}: {rows} rows, {seen.fates.total():,} tokens{': ' * bool(shares)}{shares}{longest}"
         if self.recipe.row_format().kind == "labelled" and seen.lengths:
             return Finding("masks", "ok", text)  # a head reads them, with or without a trained token
         if not seen.fates["trained"]:
@@ -293,7 +293,7 @@ class Preflight:
         from burnish.commands import _sizes
 
         try:
-            num_parameters = _sizes.count_parameters(self.recipe.model, self.hf_config)
+            num_parameters = _sizes.count_parameters(self.recipe.model, self.hf_config, self.new_tokens)
         except UserError as error:
             yield Finding.refusal("model", error)
             return

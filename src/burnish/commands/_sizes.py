@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from copy import deepcopy
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
 
     from burnish.model.config import ModelConfig
     from burnish.recipe import Recipe
+    from burnish.types import NewTokens
 
 NUM_PACKED = 4096
 """Documents that are packed, by length alone, to estimate fill."""
@@ -61,24 +63,32 @@ def epoch(recipe: Recipe, sources: list[tuple[float, list[int]]]) -> tuple[int, 
     return length, sum(lengths) / (num_rows * length), len(lengths) / num_rows
 
 
-def count_parameters(model: ModelConfig, hf_config: PretrainedConfig) -> NumParameters:
-    """Counted on the meta device, where adapter and heads are applied: no weight is allocated.
+def count_parameters(
+    model: ModelConfig, hf_config: PretrainedConfig, new_tokens: NewTokens | None = None
+) -> NumParameters:
+    """Counted on the meta device, where adapter, new tokens and heads are applied: no weight is allocated.
 
     Raises:
-        ModelError: adapter or head cannot be: see `Adapter.apply` and `heads.attach`.
+        ModelError: one of them cannot be: see `Adapter.apply`, `vocabulary.train_rows` and `heads.attach`.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     from burnish.model.heads.attach import attach
     from burnish.model.policy_model import PolicyModel
+    from burnish.model.vocabulary import grow, train_rows
 
     with torch.device("meta"):
-        module = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=model.trust_remote_code)
+        # A copy: `grow` notes the new size in it.
+        module = AutoModelForCausalLM.from_config(deepcopy(hf_config), trust_remote_code=model.trust_remote_code)
+        if new_tokens is not None:
+            grow(module, new_tokens)
     policy, adapter = PolicyModel(module), model.adapter
     linear = [m.weight for m in policy.backbone.modules() if isinstance(m, torch.nn.Linear)]
     if adapter is not None:
         adapter.apply(policy, seed=0)
+    if new_tokens is not None:
+        train_rows(policy, new_tokens)
     attach(policy, model.head, seed=0)
     counts = [(parameter.numel(), parameter.requires_grad) for parameter in policy.parameters()]
     return NumParameters(
@@ -91,10 +101,14 @@ def count_parameters(model: ModelConfig, hf_config: PretrainedConfig) -> NumPara
 
 def disk_bytes(recipe: Recipe, num_parameters: NumParameters) -> int:
     """Checkpoints (`keep` and the one being written: trained weights and two moments) and the export, which is the
-    adapter alone where one is trained."""
+    adapter alone where one is trained and can be told from the model: not with new tokens or vectors of documents."""
     checkpoint = 3 * MASTER_BYTES * num_parameters.trained
-    size = DTYPE_BYTES[recipe.model.dtype] if recipe.model.adapter is None else MASTER_BYTES
-    return (recipe.checkpoint.keep + 1) * checkpoint + size * num_parameters.trained
+    new_tokens = getattr(recipe.data.tokenizer, "add_tokens", None)
+    if recipe.model.adapter is None or new_tokens or recipe.model.head.makes == "embeddings":
+        export = DTYPE_BYTES[recipe.model.dtype] * num_parameters.all
+    else:
+        export = MASTER_BYTES * num_parameters.trained
+    return (recipe.checkpoint.keep + 1) * checkpoint + export
 
 
 def memory_bytes(recipe: Recipe, hf_config: PretrainedConfig, count: NumParameters) -> dict[str, tuple[int, str]]:

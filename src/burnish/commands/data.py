@@ -99,7 +99,8 @@ def groups(blocks: Iterator[Block], kind: RowKind) -> Iterator[list[Document]]:
 
 def documents(block: Block, row: int, kind: RowKind) -> Iterator[Document]:
     """The samples of a packed row, in order."""
-    of_tokens = {name for name, column in block.columns.items() if len(column) == block.num_tokens}
+    # A row of 8 tokens has 8 entries for documents too, and no column of tokens worth showing.
+    of_tokens = {n for n, column in block.columns.items() if len(column) == block.num_tokens != len(block.documents)}
     for index, source in enumerate(block.sample_ids):
         start, end, prefix_start, prefix_end = block.documents[index].tolist()
         columns = {

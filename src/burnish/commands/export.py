@@ -20,6 +20,8 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from burnish.launch.local import open_texts
+    from burnish.launch.run_folder import require_tokens
+    from burnish.launch.second import student_of
     from burnish.mesh import open_mesh
     from burnish.model.export import export
     from burnish.model.fresh import for_tokenizer
@@ -37,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("the run has no checkpoint yet", where=str(folder), cure=f"burnish train {folder}")
     for reason in loaded.rejected:
         print(f"passed over: {reason}")
-    tokenizer, renderer, new_tokens = open_texts(recipe)
+    tokenizer, renderer, new_tokens = texts = open_texts(recipe)
+    require_tokens(folder, student_of(recipe, texts).facts())
     config = for_tokenizer(recipe.model, tokenizer).model_copy(
         update={"compile": None, "activation_checkpointing": "none"}
     )

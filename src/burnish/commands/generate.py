@@ -71,6 +71,10 @@ def _answer_rows(args: argparse.Namespace) -> int:
     if args.num_answers > 1 and args.temperature <= 0:
         reason = f"{args.num_answers} answers at temperature 0 are the same one"
         raise UserError(reason, where="--num-answers", cure="add --temperature 1.0")
+    if not Path(args.to).absolute().parent.is_dir():
+        raise UserError(
+            "no such folder", where=str(Path(args.to).parent), cure="create it, or give `--to` another file"
+        )
     table = JsonLines(path=args.rows).open()
     assert isinstance(table, JsonlTable), "only streamed sources have no length"
     questions = []

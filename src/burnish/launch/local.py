@@ -59,6 +59,7 @@ class Local(Launch):
             tokenizer, renderer, _ = texts
             recipe = recipe.model_copy(update={"model": for_tokenizer(recipe.model, tokenizer)})
             student = student_of(recipe, texts)
+            folder.hold_tokens(student.facts())
             require_embeddings(student.vocab_size, tokenizer, renderer.chat_template)
             if (second := recipe.workflow.second()) is not None:
                 console.note(f"compared with {second.agree(student, recipe.workflow.losses())}")

@@ -3,6 +3,7 @@
     runs/quickstart/
       run.lock            held (flock) while a process trains here; says who
       recipe.json         the resolved recipe
+      tokens.json         digests of what its token ids stand for
       metrics.jsonl       one object a step            (metrics_file.py)
       events.jsonl        resumes, failed saves, skipped steps: {"time": ..., "event": ..., ...}
       ledger.json         where every token went
@@ -48,6 +49,13 @@ class RunFolder:
         if not path.exists() or path.read_bytes() != data:  # on a full disk a run can still be resumed
             write_atomically(path, data)
 
+    def hold_tokens(self, facts: Mapping[str, Any]) -> None:
+        """Notes what the run's ids stand for at its first start; see `require_tokens` for every later one."""
+        if self.recipe() is None:
+            write_atomically(self.path / "tokens.json", json.dumps(facts).encode() + b"\n")
+        else:
+            require_tokens(self.path, facts)
+
     def event(self, kind: str, **facts: Any) -> None:
         """Appends to `events.jsonl`; on the disk when this returns, kept in memory where a full disk refuses it."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
@@ -88,6 +96,20 @@ def saved_recipe(run_dir: Path) -> dict[str, Any] | None:
             where=str(path),
             cure="restore recipe.json from a copy, or start again with another run_dir",
         ) from error
+
+
+def require_tokens(run_dir: Path, facts: Mapping[str, Any]) -> None:
+    """Raises ResumeError where ids of the run in `run_dir` stood for something else than `facts` say: the recipe names
+    files (items, new tokens, a template) that may have been edited, and the model would go on with its rows mixed up."""
+    path = run_dir / "tokens.json"
+    held = json.loads(path.read_bytes()) if path.exists() else {}
+    changed = " and ".join(name.replace("_", " ") for name, fact in facts.items() if held.get(name, fact) != fact)
+    if changed:
+        raise ResumeError(
+            f"{changed}: not what the run was trained with",
+            where=str(run_dir),
+            cure="bring back the files that the recipe makes it of as they were, or start a new run_dir",
+        )
 
 
 @contextlib.contextmanager

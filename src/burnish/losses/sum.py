@@ -51,6 +51,9 @@ class Sum(Loss):
         kinds = sorted({loss.rows for loss in self._losses()} - {"conversation"})
         if len(kinds) > 1:
             raise ValueError(f"its terms read rows of different kinds, {' and '.join(kinds)}: train them one by one")
+        for loss in self._losses():
+            if not loss.trains:
+                raise ValueError(f"{loss.type} measures a model and has no gradient: name it in `evaluate`")
         for name in SINGLE:
             takers = [loss.type for loss in self._losses() if name in loss.needs]
             if len(takers) > 1:

@@ -53,9 +53,9 @@ class Student:
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of every token with its id, added ones included."""
+    """Of every token with its id, added ones included, and of the codes of items where it has some."""
     vocabulary = sorted(tokenizer.get_vocab().items())
-    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([vocabulary, tokenizer.init_kwargs.get("items")]).encode()).hexdigest()
 
 
 def second_config(student: Student, path: str | None, revision: str) -> ModelConfig:
@@ -149,8 +149,8 @@ _NAMES = {
 }
 
 
-def agree_cache(student: Student, folder: Path, top_k: int, path: str | None) -> str:
-    """A line about a teacher's cache if it is of this student's tokens.
+def agree_cache(student: Student, folder: Path, top_k: int, path: str | None, revision: str) -> str:
+    """A line about a teacher's cache if it is of this student's tokens, and by the teacher at `path`, if one is named.
 
     Raises:
         DataError: it is not there, corrupt, or was written for another tokenizer, template, vocabulary, `top_k` or
@@ -161,15 +161,18 @@ def agree_cache(student: Student, folder: Path, top_k: int, path: str | None) ->
     cure = "write it for this recipe: `burnish cache-teacher RECIPE`"
     facts = read_manifest(folder, cure)
     found, wanted = facts["of"], {**student.facts(), "top_k": top_k}
+    if "teacher" not in found:
+        raise DataError("holds what a reference said, not a teacher", str(folder), cure)
     wrong = [f"{what} ({_short(found[key])}, not {_short(wanted[key])})" for key, what in _NAMES.items()
              if found[key] != wanted[key]]  # fmt: skip
-    if path is not None and found["teacher"]["path"] != path:
-        wrong.append(f"another teacher ({found['teacher']['path']}, not {path})")
+    teacher = found["teacher"]
+    if path is not None and teacher["path"] != path:
+        wrong.append(f"another teacher ({teacher['path']}, not {path})")
+    elif path is not None and teacher["revision"] != revision:
+        wrong.append(f"another revision of the teacher ({teacher['revision']}, not {revision})")
     if wrong:
         raise DataError(f"the cache was written for {' and '.join(wrong)}", str(folder), cure)
-    return (
-        f"{folder}: the {top_k} likeliest tokens of {found['teacher']['path']} for {facts['num_documents']:,} documents"
-    )
+    return f"{folder}: the {top_k} likeliest tokens of {teacher['path']} for {facts['num_documents']:,} documents"
 
 
 def _short(value: Any) -> str:

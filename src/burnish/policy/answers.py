@@ -202,6 +202,8 @@ def read_manifest(folder: Path, cure: str) -> dict[str, Any]:
         raise DataError(f"{MANIFEST} cannot be read: {error.strerror}", str(folder), cure) from error
     except (Corrupt, ValueError) as error:
         raise DataError(f"{MANIFEST} is corrupt", str(folder), cure) from error
+    if "of" not in facts:
+        raise DataError("is a manifest of something else, such as a checkpoint", str(folder / MANIFEST), cure)
     if facts["format"] != FORMAT:
         raise DataError(f"format {facts['format']}; this version of Burnish reads format {FORMAT}", str(folder), cure)
     return facts
@@ -225,6 +227,10 @@ def _read_file(path: Path, written: Mapping[str, int], cure: str) -> dict[str, T
         raw = torch.from_numpy(data[begin : begin + num_bytes])
         tensors[name] = raw.view(dtype).reshape(described[name]["shape"])
     return tensors
+
+
+def _file_name(number: int) -> str:
+    return f"answers-{number:05}.safetensors"
 
 
 class _Asking(Loss):
@@ -295,7 +301,8 @@ class _Writer:
     """Files in a folder of another name, which becomes `folder` at the end."""
 
     def __init__(self, folder: Path, file_bytes: int) -> None:
-        if folder.exists() and not (folder / MANIFEST).exists():
+        # A checkpoint has a manifest, too.
+        if folder.exists() and not ((folder / MANIFEST).exists() and (folder / _file_name(0)).exists()):
             reason = "the folder exists and holds something else"
             raise DataError(reason, str(folder), "name another folder, or remove this one")
         self.folder, self.partial = folder, folder.with_name(f"{folder.name}.partial")
@@ -349,7 +356,7 @@ class _Writer:
         tensors["keys"] = torch.frombuffer(bytearray(b"".join(self._keys)), dtype=torch.uint8).reshape(-1, KEY_BYTES)
         tensors["ends"] = torch.tensor([len(value) for value in first]).cumsum(0)
         header, order = encode_header(tensors)
-        name = f"answers-{len(self._files):05}.safetensors"
+        name = _file_name(len(self._files))
         chunks = [header, *(tensor_bytes(tensors[tensor]) for tensor in order)]
         checksum = 0
         for chunk in chunks:

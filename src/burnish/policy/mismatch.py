@@ -25,9 +25,10 @@ class _Answer(NamedTuple):
     """Of the completion."""
 
 
-def mismatched(blocks: list[Block]) -> list[Block]:
+def mismatched(blocks: list[Block], max_positions: int | None = None) -> list[Block]:
     """Prompt i with completion i - 1, the first with the last one, of all documents with trained tokens in order; in
-    rows as long as these. A pair that is longer than a row is cut; of a single document there is none.
+    rows as long as these. A pair that is longer than a row, or than the model has positions, is cut; of a single
+    document there is none.
 
         prompts [a b] [c]  completions [x] [y z]   ->   documents [a b y z] [c x]
 
@@ -38,10 +39,11 @@ def mismatched(blocks: list[Block]) -> list[Block]:
     if len(answers) < 2:
         return []
     length, most = blocks[0].num_tokens, max(len(_answers(block)) for block in blocks)
+    longest = min(length, max_positions or length)  # two documents of 1024 tokens are up to 2047 in a row of 4096
     rows: list[list[tuple[Tensor, Tensor]]] = [[]]
     for answer, before in zip(answers, [answers[-1], *answers[:-1]], strict=True):
-        ids = torch.cat([answer.prompt_ids, before.completion_ids])[:length]
-        mask = torch.cat([torch.zeros_like(answer.prompt_ids, dtype=torch.bool), before.loss_mask])[:length]
+        ids = torch.cat([answer.prompt_ids, before.completion_ids])[:longest]
+        mask = torch.cat([torch.zeros_like(answer.prompt_ids, dtype=torch.bool), before.loss_mask])[:longest]
         if len(rows[-1]) == most or sum(len(held) for held, _ in rows[-1]) + len(ids) > length:
             rows.append([])
         rows[-1].append((ids, mask))

@@ -114,13 +114,18 @@ class Policy:
         return Update(grad_norm)
 
     @torch.no_grad()
-    def evaluate(self, blocks: Iterable[Block], loss: Loss) -> dict[str, Metric]:
-        """Metrics of `loss` over `blocks`, which may be a generator, and over all ranks; moves nothing."""
+    def evaluate(self, blocks: Iterable[Block], loss: Loss, *, at_once: int | None = None) -> dict[str, Metric]:
+        """Metrics of `loss` over `blocks`, which may be a generator, and over all ranks; moves nothing.
+
+        Args:
+            at_once: rows that stand for a step where the loss asks of a whole one, as KTO does; None: a micro-batch.
+        """
         self.model.eval()
         totals = Totals()
-        for rows in in_chunks(blocks, self.micro_batch_size):
-            batch = collate(self.annotated(rows, loss))
-            totals.add(self._forward(batch, loss), loss.count(batch))
+        for step in in_chunks(blocks, at_once or self.micro_batch_size):
+            for rows in in_chunks(self.annotated(step, loss), self.micro_batch_size):
+                batch = collate(rows)
+                totals.add(self._forward(batch, loss), loss.count(batch))
         return totals.over_ranks(self.mesh)[0]
 
     @torch.no_grad()
@@ -231,7 +236,8 @@ class Policy:
     def _mismatched_kl(self, blocks: list[Block], loss: Loss) -> float:
         """Mean log-ratio of policy and reference over the mismatched pairs of all ranks, at least 0; see `mismatch`."""
         assert self.second is not None
-        pairs = mismatched(blocks)
+        config = self.model.hf_config.get_text_config()
+        pairs = mismatched(blocks, getattr(config, "max_position_embeddings", None))
         counts = [0.0] * self.mesh.world_size
         counts[self.mesh.rank] = float(len(pairs))
         most = int(max(self.mesh.sum_scalars(counts)))

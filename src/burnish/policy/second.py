@@ -209,7 +209,7 @@ class Teacher(SecondModel):
         from burnish.policy.agreement import agree, agree_cache
 
         if self.cache is not None:
-            return agree_cache(student, Path(self.cache), self.top_k, self.path)
+            return agree_cache(student, Path(self.cache), self.top_k, self.path, self.revision)
         assert self.path is not None
         same_width = any("teacher_hidden" in loss.asks and "hidden_states" in loss.needs for loss in losses)
         return agree(student, self.path, self.revision, top_k=self.top_k, same_width=same_width)

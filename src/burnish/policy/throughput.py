@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_fl
 
 from burnish.model.attention import visible_pairs
 from burnish.model.policy_model import one_document
-from burnish.model.project import PROJECTED, VECTORS, previous_token
+from burnish.model.project import VECTORS, previous_token
 
 if TYPE_CHECKING:
     from burnish.losses.base import Loss
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 PROBE_TOKENS = 8
 """Tokens of the watched pass; half of it is run again to see that the count grows with the tokens."""
+_ALL_LOGITS = VECTORS | {"weighted_nll", "full_kl"}
+"""The `needs` that are made of logits over the whole vocabulary."""
 
 
 class Throughput:
@@ -60,6 +62,7 @@ class Throughput:
         once = watch.attention_forward(PROBE_TOKENS)
         self.attention_passes = executed.attention_forward / once if once else 1.0
         weight = model.head.weight
+        self.vocab_size = model.vocab_size
         self.head_product = 2 * model.vocab_size * weight.shape[1]
         hidden_needs_grad = any(parameter.requires_grad for parameter in model.backbone.parameters())
         self.head_trains = any(parameter.requires_grad for parameter in model.head.parameters())
@@ -81,8 +84,12 @@ class Throughput:
                 executed += pairs * (dim_k + dim_v) * self.attention_passes
                 executed += pairs * (3 * dim_k + 2 * dim_v) * needs_grad  # the scores are made again
             read = int((loss.reads(block) & (previous_token(block) >= 0)).sum())
-            useful += read * self.head_product * (1 + self.head_gradients) * bool(loss.needs & PROJECTED)
+            useful += read * self.head_product * (1 + self.head_gradients) * bool(loss.needs & _ALL_LOGITS)
             executed += read * self.head_product * self._head_products(loss)
+            if "candidate_logits" in loss.needs:
+                share = len(loss.candidates(block)) / self.vocab_size
+                useful += read * share * self.head_product * (1 + self.head_gradients)
+                executed += read * share * self.head_product * (1 + self.head_gradients)
         return useful, executed + (self.second.flops(blocks, loss) if self.second is not None else 0.0)
 
     def _head_products(self, loss: Loss) -> int:

@@ -14,6 +14,7 @@ from burnish.errors import UserError
 from burnish.recipe.written import KeyPath, Written, dotted
 
 if TYPE_CHECKING:
+    from burnish.losses.base import Loss
     from burnish.recipe.schema import Recipe
 
 
@@ -106,7 +107,7 @@ def rows(recipe: Recipe) -> Iterator[Misfit]:
 
 def heads(recipe: Recipe) -> Iterator[Misfit]:
     """Every loss finds the heads it reads, of the form it wants, and every head has a loss that trains it."""
-    losses, parts = recipe.workflow.losses(), recipe.model.head.parts()
+    losses, parts = _single_losses(recipe), recipe.model.head.parts()
     makes = {part.makes for part in parts.values()}
     path, read = ("model", "head"), set[str]()
     for loss in losses:
@@ -134,6 +135,29 @@ def heads(recipe: Recipe) -> Iterator[Misfit]:
             yield Misfit(path, f"no loss reads the head '{name}', so it would stay random", "remove it, or add a loss")
 
 
+def labels(recipe: Recipe) -> Iterator[Misfit]:
+    """A column of labels says one thing: a class of one list, or a number."""
+    parts, read_as = recipe.model.head.parts(), dict[str, tuple[str, ...]]()
+    for loss in _single_losses(recipe):
+        for column, head in loss.labels().items():
+            classes = parts[head].classes() if head in parts else ()
+            if column == "weight":
+                reason = "the column `weight` multiplies a row's loss, and cannot be its label too"
+                cure = "rename it in the source, `columns: {weight: grade}`, and name it by the loss's `label: grade`"
+                yield Misfit(("workflow",), reason, cure)
+            elif read_as.setdefault(column, classes) != classes:
+                reason = f"the column `{column}` would have to be a class for one loss and another thing for the next"
+                yield Misfit(("workflow",), reason, "give each loss a column of its own by `label:`")
+
+
+def fresh_rows(recipe: Recipe) -> Iterator[Misfit]:
+    """The rows of a fresh model were never trained."""
+    new_tokens = getattr(recipe.data.tokenizer, "add_tokens", None)
+    if recipe.model.config is not None and new_tokens is not None and new_tokens.train == "new_rows":
+        reason = "the other rows of a fresh model are random, and would stay so"
+        yield Misfit(("data", "tokenizer", "add_tokens", "train"), reason, "set it to all_rows")
+
+
 def whole_steps(recipe: Recipe) -> Iterator[Misfit]:
     """A loss over embeddings compares all documents of a step, which only the embedding workflow has at once."""
     workflow = recipe.workflow
@@ -147,6 +171,12 @@ def whole_steps(recipe: Recipe) -> Iterator[Misfit]:
     if workflow.type == "embedding" and recipe.global_batch_size == 1 and recipe.data.packing.type == "none":
         reason = "one unpacked row a step holds one query, and no other query's documents to tell its own from"
         yield Misfit(("global_batch_size",), reason, "raise it, or pack: every query of a step sees all its documents")
+
+
+def _single_losses(recipe: Recipe) -> list[Loss]:
+    """The losses of the workflow, the terms of a sum one by one: what they say of one head or column may differ."""
+    losses = recipe.workflow.losses()
+    return [single for loss in losses for single in [term.loss for term in getattr(loss, "terms", ())] or [loss]]
 
 
 _EXAMPLES = {
@@ -193,6 +223,8 @@ CHECKS: tuple[Callable[[Recipe], Iterator[Misfit]], ...] = (
     compiled_adapter,
     rows,
     heads,
+    labels,
+    fresh_rows,
     second_models,
     minimised,
     whole_steps,

@@ -63,7 +63,8 @@ class ModelReward:
         """One reward for each completion; `tools` and `chat_template_kwargs` are read of the columns."""
         import torch
 
-        rows = [{name: values[i] for name, values in columns.items()} for i in range(len(prompts))]
+        template = {name: columns[name] for name in ("tools", "chat_template_kwargs") if name in columns}
+        rows = [{name: values[i] for name, values in template.items()} for i in range(len(prompts))]
         ids = [self.token_ids(*each) for each in zip(prompts, completions, rows, strict=True)]
         rewards = torch.empty(len(ids))
         by_length = sorted(range(len(ids)), key=lambda index: len(ids[index]))  # little padding in a batch
@@ -84,8 +85,7 @@ class ModelReward:
             tools=row.get("tools"),
             tokenize=False,
             strftime_now=datetime.fromisoformat(self.config.today).strftime,
-            **self.config.chat_template_kwargs,
-            **(row.get("chat_template_kwargs") or {}),
+            **self.config.chat_template_kwargs | (row.get("chat_template_kwargs") or {}),
         )
         return self.tokenizer(text, add_special_tokens=False).input_ids  # pyright: ignore[reportReturnType, reportArgumentType]
 

@@ -146,8 +146,6 @@ class _Chat:
         return "" if end is None else self.tokenizer.decode(ids[:end], skip_special_tokens=True)
 
     def _rendered(self, question: Question) -> str:
-        from jinja2 import TemplateError
-
         try:
             return self.tokenizer.apply_chat_template(
                 question.messages,
@@ -156,7 +154,7 @@ class _Chat:
                 tokenize=False,
                 **question.chat_template_kwargs,
             )
-        except TemplateError as error:
+        except Exception as error:  # a template is a program: of a content that is a list it says TypeError
             raise DataError(
                 f"the chat template refuses it: {error}", question.where, "fix or remove the row"
             ) from error

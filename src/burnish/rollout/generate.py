@@ -36,8 +36,9 @@ def exported_folder(path: str) -> str:
     return str(folder / "model")
 
 
-def refuse_classifier(folder: Path) -> None:
-    """Raises ModelError for the folder of a reward model: its weights load as a language model's with a random head."""
+def refuse_silent(folder: Path) -> None:
+    """Raises ModelError for the export of a reward or embedding model: it loads as a language model whose head is
+    random, or an embedding that was trained for something else."""
     config, adapter = folder / "config.json", folder / "adapter_config.json"
     written = json.loads((adapter if adapter.exists() else config).read_text()) if config.exists() else {}
     kind = written.get("task_type") or (written.get("architectures") or [""])[0]
@@ -46,6 +47,12 @@ def refuse_classifier(folder: Path) -> None:
             f"this model ({kind}) scores answers and writes none",
             where=str(folder),
             cure="ask a language model; a reward model is used by `reward: {type: model, path: ...}`",
+        )
+    if (folder / "modules.json").exists():  # sentence-transformers' mark
+        raise ModelError(
+            f"this model ({kind}) makes vectors of texts and writes none",
+            where=str(folder),
+            cure="ask a language model; this one is read by sentence-transformers",
         )
 
 
@@ -64,7 +71,7 @@ def load_chat(path: str) -> tuple[Any, Any]:
     folder = exported_folder(path)
     if not Path(folder).is_dir():
         locate(ModelConfig(path=folder))  # a mistyped name is refused at once, not after a minute of asking the hub
-    refuse_classifier(Path(folder))
+    refuse_silent(Path(folder))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")

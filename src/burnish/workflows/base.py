@@ -51,13 +51,19 @@ class Workflow(Component):
 
 def minimise(run: Run, loss: Loss, evaluation: Loss | None = None) -> None:
     """Gradient descent on `loss`, one global batch a step; held-out rows are measured by `evaluation`, or by `loss`."""
-    measure = partial(run.policy.evaluate, loss=evaluation or loss)
+    measure = partial(run.policy.evaluate, loss=evaluation or loss, at_once=run.blocks_per_step)
     run.evaluate_at_start(measure)
     for learning_rate, blocks in run.batches():
         metrics = run.policy.forward_backward(blocks, loss)
         update = run.policy.optim_step(learning_rate)
         run.record(metrics, update, blocks, loss)
         run.evaluate_if_due(measure)
+
+
+def means(metrics: Mapping[str, Metric]) -> dict[str, float]:
+    """What a person reads. Of what did not occur nothing is said: the reward of chosen answers in a step without any is
+    not 0. The loss of such a step is."""
+    return {name: total / (count or 1.0) for name, (total, count) in metrics.items() if count or name == "loss"}
 
 
 class Journal(Protocol):
@@ -159,7 +165,7 @@ class Run:
         seconds = time.perf_counter() - self._started
         trained = sum(int(block.loss_mask.sum()) for block in blocks)
         held = sum(int((block.document_ids >= 0).sum()) for block in blocks)
-        self._record |= {name: total / (count or 1.0) for name, (total, count) in metrics.items()}
+        self._record |= means(metrics)
         self._record |= {
             "grad_norm": update.grad_norm,
             "tokens": trained,
@@ -201,7 +207,7 @@ class Run:
         metrics = measure(takewhile(lambda _: self.stop_requested() is None, blocks))
         if self.stop_requested() is not None:
             return
-        self._record |= {f"eval_{name}": total / (count or 1.0) for name, (total, count) in metrics.items()}
+        self._record |= {f"eval_{name}": mean for name, mean in means(metrics).items()}
 
     def save(self, *, wait: bool = False) -> bool:
         """Begins a checkpoint of this moment; with `wait`, returns when it is on disk, or False where it was refused:

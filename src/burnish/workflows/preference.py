@@ -31,11 +31,16 @@ class Preference(Workflow):
     def _answered(self) -> Self:
         asked = self.loss.asks | self.loss.needs & {"full_kl"}
         unanswered = asked - self.reference.provides()
-        if self.reference.precompute and not asked:
-            raise ValueError(f"the loss {self.loss.type} has no reference, so there is nothing to precompute")
+        if not asked and self.reference != Reference():
+            raise ValueError(f"the loss {self.loss.type} has no reference: remove `reference`")
         if "kto_kl" in unanswered:
             raise ValueError(
                 f"the loss {self.loss.type} asks about mismatched answers, which each step makes anew: use `reference: "
+                f"{{precompute: false}}`"
+            )
+        if "full_kl" in unanswered:
+            raise ValueError(
+                f"the loss {self.loss.type} compares whole distributions, which are not kept: use `reference: "
                 f"{{precompute: false}}`"
             )
         if unanswered:

@@ -157,6 +157,7 @@ _MARKS: dict[RowKind, tuple[tuple[str, ...], str]] = {
         ("prompt", "completion", "label"),
         "answers marked good or bad are trained with `workflow: {type: preference, loss: {type: kto}}`",
     ),
+    "history": (("events",), "histories are rendered by `data.renderer: {type: events}`, with items for a tokenizer"),
     "conversation": (("messages",), "conversations are imitated with `workflow: {type: sft}`"),
 }
 """Columns that tell a kind, and what trains on it."""

@@ -202,7 +202,9 @@ class LiveChat:
         for text in texts:
             steps = text.part.steps
             assert steps is not None
-            at = text.text.rfind(steps.text)
+            at = text.text.find(
+                steps.text, text.spans[0][0] if text.spans else 0
+            )  # the answer, as it is all that trains
             places.append([at + end - 1 for end in steps.ends] if at >= 0 else [])
         for text, tokens in zip(texts, self._tokens.at([text.text for text in texts], places), strict=True):
             text.tokens = tokens

@@ -53,6 +53,9 @@ class Events(Source):
     def open(self) -> RowTable:
         files = find_files(self.path, "")
         histories = _history_table(files, self.renamed)
+        if histories is not None and max(self.min_user_events, self.min_item_events) > 1:
+            reason = "min_user_events and min_item_events count the events of a table, and these rows are histories"
+            raise DataError(reason, self.path, "remove them, or write one event a row")
         table = _Table(files, self.renamed, self) if histories is None else _Histories(histories, self)
         if not len(table):
             raise DataError("holds no history", where=self.path)

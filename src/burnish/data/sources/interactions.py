@@ -9,7 +9,7 @@ import csv
 import io
 import re
 from collections.abc import Callable, Iterator
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from burnish.data.sources._files import DataFile
@@ -83,7 +83,8 @@ def spelled(value: Any) -> str:
 
 
 def moment(value: Any, where: str) -> float:
-    """Seconds (or whatever the table counts in) of a timestamp: a number, or a date and time in ISO 8601.
+    """Seconds (or whatever the table counts in) of a timestamp: a number, or a date and time in ISO 8601, in UTC where
+    it names no zone, so that all machines agree.
 
     Raises:
         DataError: it is neither.
@@ -92,7 +93,8 @@ def moment(value: Any, where: str) -> float:
         number = float(value)
     except (TypeError, ValueError):
         try:
-            number = datetime.fromisoformat(value).timestamp()
+            written = datetime.fromisoformat(value)
+            number = (written if written.tzinfo else written.replace(tzinfo=UTC)).timestamp()
         except (TypeError, ValueError):
             number = float("nan")
     if number != number:

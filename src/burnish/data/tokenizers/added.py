@@ -45,53 +45,60 @@ class AddTokens(Config):
         Raises:
             DataError: the file cannot be read, or a token is empty, there twice, or known already.
         """
-        meaning = self._meaning()
-        known = tokenizer.get_vocab()
-        for place, token in meaning:
+        from tokenizers import AddedToken
+
+        from burnish.data.tokenizers.vocabulary import items_of
+
+        if items_of(tokenizer) is not None:
+            cure = "list all its items with `data.tokenizer: {type: vocabulary, ...}`"
+            raise DataError("a vocabulary of items takes no new tokens", "data.tokenizer.add_tokens", cure)
+        listed = self._listed()
+        known, seen = tokenizer.get_vocab(), set[str]()
+        for place, token, _ in listed:
             if not token.strip():
                 raise DataError("a new token is empty", place, "remove it")
             if token in known:
                 raise DataError(
                     f"'{token}' is a token already, with id {known[token]}", place, "remove it, or rename it"
                 )
-        listed = [token for _, token in meaning]
-        if len(set(listed)) < len(listed):
-            place, twice = next((p, t) for i, (p, t) in enumerate(meaning) if t in listed[:i])
-            raise DataError(f"'{twice}' is listed twice", place, "remove one")
-        texts = [meaning[pair] or pair[1] for pair in meaning]
+            if token in seen:
+                raise DataError(f"'{token}' is listed twice", place, "remove one")
+            seen.add(token)
+        tokens, texts = [token for _, token, _ in listed], [text or token for _, token, text in listed]
         sources = tokenizer(texts, add_special_tokens=False).input_ids if self.initialise == "subword_mean" else None
-        from tokenizers import AddedToken
-
         first = len(tokenizer)
-        added: Any = [AddedToken(token, normalized=False) for token in listed]
+        added: Any = [AddedToken(token, normalized=False) for token in tokens]
         tokenizer.add_tokens(added)
-        assert tokenizer.convert_tokens_to_ids(listed) == list(range(first, first + len(listed)))
-        rows = tuple(map(tuple, sources)) if sources is not None else ((),) * len(listed)
+        assert tokenizer.convert_tokens_to_ids(tokens) == list(range(first, first + len(tokens)))
+        rows = tuple(map(tuple, sources)) if sources is not None else ((),) * len(tokens)
         return NewTokens(first, rows, train_all=self.train == "all_rows")
 
-    def _meaning(self) -> dict[tuple[str, str], str]:
-        """(place, token) -> its text, or ''."""
-        if self.tokens is not None:
-            texts = self.tokens if isinstance(self.tokens, dict) else dict.fromkeys(self.tokens, "")
-            if isinstance(self.tokens, list) and len(texts) < len(self.tokens):
-                twice = next(token for i, token in enumerate(self.tokens) if token in self.tokens[:i])
-                raise DataError(f"'{twice}' is listed twice", "data.tokenizer.add_tokens.tokens", "remove one")
-            return {("data.tokenizer.add_tokens.tokens", token): text for token, text in texts.items()}
-        assert self.file is not None
+    def _listed(self) -> list[tuple[str, str, str]]:
+        """(place, token, its text or ''), at least one."""
+        place = self.file or "data.tokenizer.add_tokens.tokens"
+        said = self.tokens if self.file is None else self._read(self.file)
+        if isinstance(said, str):
+            found = [(f"{place}:{i}", token, "") for i, token in enumerate(said.splitlines(), 1)]
+        else:
+            found = [(place, token, said[token] if isinstance(said, dict) else "") for token in said or ()]
+        if not found:
+            raise DataError("there is no new token", place, _CURE)
+        if not all(isinstance(token, str) and isinstance(text, str) for _, token, text in found):
+            raise DataError("a new token or its text is not a string", place, _CURE)
+        return found
+
+    def _read(self, file: str) -> str | list[str] | dict[str, str]:
+        """A text of one token a line, or what a JSON file holds."""
         try:
-            text = Path(self.file).read_text("utf-8")
+            text = Path(file).read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"the file of new tokens cannot be read: {error}", self.file, _CURE) from error
-        if not text.lstrip().startswith(("[", "{")) or not self.file.endswith(".json"):
-            return {(f"{self.file}:{i}", line): "" for i, line in enumerate(text.splitlines(), 1)}
+            raise DataError(f"the file of new tokens cannot be read: {error}", file, _CURE) from error
+        if not text.lstrip().startswith(("[", "{")) or not file.endswith(".json"):
+            return text
         try:
-            listed = json.loads(text)
+            return json.loads(text)
         except ValueError as error:
-            raise DataError(f"the file of new tokens is not JSON: {error}", self.file, _CURE) from error
-        texts = listed if isinstance(listed, dict) else dict.fromkeys(listed, "")
-        if not all(isinstance(token, str) and isinstance(said, str) for token, said in texts.items()):
-            raise DataError("a new token or its text is not a string", self.file, _CURE)
-        return {(self.file, token): said for token, said in texts.items()}
+            raise DataError(f"the file of new tokens is not JSON: {error}", file, _CURE) from error
 
 
 _CURE = 'one token a line, or JSON: ["<a>", "<b>"] or {"<a>": "what it means"}'

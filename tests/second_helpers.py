@@ -29,12 +29,12 @@ def pair_rows(*, shared: bool = False) -> list[Block]:
     return [token_block(PAIRS[:2], 64, shared=shared), token_block(PAIRS[2:], 64, shared=shared)]
 
 
-def student(folder: Path, **model: Any) -> Student:
+def student(folder: Path, *, max_length: int = 64, **model: Any) -> Student:
     """The policy's side, with the folder's tokenizer."""
     from transformers import AutoTokenizer
 
     config = ModelConfig.model_validate({"path": str(folder), **model})
-    return Student(config, load_config(config), AutoTokenizer.from_pretrained(folder), "a template")
+    return Student(config, load_config(config), AutoTokenizer.from_pretrained(folder), "a template", max_length)
 
 
 def surroundings(

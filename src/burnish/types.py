@@ -116,7 +116,8 @@ class Rendered:
 
     `fates` counts this row's tokens by fate and must add up to all tokens of the row, for example
     `{"trained": 2, "masked": 7}` or `{"dropped: longer than max_length": 9000}`. Keys are `trained`, `masked`,
-    `boundary` (a token that straddles template and content), `truncated`, `dropped: <reason>`.
+    `boundary` (a token that straddles template and content), `truncated` (to max_length), `truncated to a packed row`
+    and `dropped: <reason>`.
     """
 
     row: Row

@@ -74,7 +74,7 @@ def mismatched_kl(policy: Policy, blocks: list[Block]) -> float:
     assert policy.second is not None
     total, count = 0.0, 0
     for share in (blocks[::2], blocks[1::2]):
-        pairs = policy.second.annotate(mismatched(share), KTO())
+        pairs = policy.second.annotate(mismatched(share), DPO())
         summed, documents = log_ratio(pairs, policy.logprobs(pairs))
         total, count = total + summed, count + documents
     return max(0.0, total / count)

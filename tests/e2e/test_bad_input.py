@@ -158,7 +158,7 @@ def test_what_a_recipe_names_is_refused_before_the_first_step(case: Callable[[La
     output = refused(lab, bad.said, "train", recipe)
     assert len(output) < 1000, output
     left = {path.name for path in (lab.folder / "run").iterdir()}
-    assert left <= {"run.lock", "recipe.json", "events.jsonl", "metrics.jsonl"}
+    assert left <= {"run.lock", "recipe.json", "tokens.json", "events.jsonl", "metrics.jsonl"}
 
 
 def test_the_corrected_command_runs_in_the_folder_of_a_refused_one(lab: Lab) -> None:

@@ -103,14 +103,15 @@ def test_a_file_of_tokens_one_a_line_or_json(lab):
         assert any(i in json.loads(output.splitlines()[0])["token_ids"] for i in (320, 321, 322))
 
 
-def test_a_file_of_tokens_that_was_edited_is_refused_at_resume_and_export(lab):
+def test_a_file_of_tokens_that_was_edited_is_refused_from_then_on(lab):
     file = lab.folder / "edited.txt"
     file.write_text("<item_1>\n<item_2>\n<item_3>\n")
     changes = {"data": blocks(lab, tokens=None, file=str(file)), "num_steps": 4}
     run = lab.train("edited", "stop_after=2", expect=75, **changes)
     file.write_text("<item_2>\n<item_1>\n<item_3>\n")
     assert "tokenizer: not what the run was trained with" in lab.resume("edited", expect=2)
-    code, output = lab.burnish("export", run, "--to", lab.folder / "edited_model")
-    assert code == 2 and "tokenizer: not what the run was trained with" in output
+    for command in (["export", run, "--to", lab.folder / "edited_model"], ["check", lab.folder / "edited.yaml"]):
+        code, output = lab.burnish(*command)
+        assert code == 2 and "tokenizer: not what the run was trained with" in output
     file.write_text("<item_1>\n<item_2>\n<item_3>\n")
     lab.resume("edited")

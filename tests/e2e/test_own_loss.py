@@ -10,27 +10,17 @@ from tests.zygote import Zygote
 
 EXPONENTIAL = '''
 """AdaBoost's margin loss on preference pairs."""
-from typing import ClassVar
-
-from burnish.losses.base import Loss
-from burnish.losses.pairs import Pairs
+from burnish.losses.pairs import PairLoss
 
 
-class Exponential(Loss):
+class Exponential(PairLoss):
     """exp(-m), with m = beta (log-ratio of the chosen answer - log-ratio of the rejected one); 1 at the start."""
 
-    needs: ClassVar = frozenset({"logprobs"})
-    asks: ClassVar = frozenset({"ref_logprobs"})
-    rows: ClassVar = "preference"
     beta: float = 0.1
 
-    def count(self, block):
-        return Pairs.count(block)
-
-    def __call__(self, outputs, block):
-        pairs = Pairs.of(outputs, block)
+    def compare(self, pairs):
         chosen, rejected = pairs.ratios(mean=False)
-        return pairs.output((-self.beta * (chosen - rejected)).exp(), self.beta * chosen, self.beta * rejected)
+        return (-self.beta * (chosen - rejected)).exp(), self.beta * chosen, self.beta * rejected
 '''
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from burnish.policy.checkpoint import load_latest
 from tests import tiny_run
-from tests.e2e_helpers import Lab, column
+from tests.e2e_helpers import Lab, column, events
 from tests.zygote import Zygote
 
 LORA = {"type": "lora", "r": 4, "lora_alpha": 8}
@@ -209,6 +209,22 @@ def test_check_refuses_a_cache_of_other_data_and_a_corrupt_one(cached: Path, lab
         code, output = lab.burnish(command, cached, f"run_dir={lab.folder / 'elsewhere'}")
         assert code == 2 and f"{file}: is corrupt" in output, output
     file.write_bytes(good)
+
+
+def test_a_row_that_the_cache_lacks_is_refused_when_it_is_reached_and_what_was_learned_is_kept(
+    cached: Path, lab: Lab, tiny_train: Path
+) -> None:
+    rows = tiny_run.conversations(200)
+    rows[150] = tiny_run.conversations(1, seed=77)[0]
+    file = tiny_run.write_jsonl(lab.folder / "grown.jsonl", rows)
+    run_dir, ends = lab.folder / "lacking", ("data.shuffle=false", "num_steps=30", f"data.train.0.path={file}")
+    code, output = lab.burnish("train", cached, f"run_dir={run_dir}", *ends)
+    assert code == 2 and f"{file}:151: " in output and "has no answer about this document" in output
+    assert "burnish cache-teacher" in output and "Traceback" not in output
+    steps, (refused,) = column(run_dir, "loss"), events(run_dir, "refused")
+    assert 4 < len(steps) < 30 and refused["checkpoint"] == f"checkpoint-{len(steps)}"
+    kept = load_latest(run_dir)
+    assert kept is not None and kept.path.name == refused["checkpoint"]
 
 
 def test_a_teacher_with_another_tokenizer_is_refused_before_its_weights_are_read(lab: Lab, tiny_train: Path) -> None:

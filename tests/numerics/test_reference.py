@@ -184,7 +184,7 @@ def test_no_second_model_trains_or_is_saved(folder: Path, mesh: Mesh, tmp_path: 
     assert tensors["model"].keys() == expected["model"].keys()
     policy.forward_backward(pair_rows(), DPO())
     frozen: Any = policy.second
-    assert not any(p.requires_grad or p.grad is not None for p in frozen.model.parameters())
+    assert not any(p.requires_grad or p.grad is not None for p in frozen.inner.model.parameters())
 
 
 def test_a_frozen_copy_in_bfloat16_is_the_policy(folder: Path, mesh: Mesh, tmp_path: Path) -> None:

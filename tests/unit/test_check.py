@@ -133,6 +133,38 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(tmp_path, 
     assert refused[0].endswith("the tokenizer has ids up to 319, the model's embedding has 300 rows")
 
 
+def test_documents_longer_than_a_table_of_positions_are_refused_before_weights_are_read(
+    tmp_path, capsys, blocks, tiny_model
+):
+    fields = {"n_embd": 32, "n_layer": 2, "n_head": 4, "attn_pdrop": 0.0, "n_positions": 64, "vocab_size": 320}
+    folder = tmp_path / "gpt2"
+    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("config.json", "*.safetensors"))
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", **fields}))
+    tokenizer = {"type": "pretrained", "path": str(folder)}
+    fresh = {"config": {"model_type": "gpt2", **fields}}
+    for model, cure in (({"path": str(folder)}, "take a model with"), (fresh, "take more positions for the fresh")):
+        recipe = blocks | {"model": model, "data": blocks["data"] | {"tokenizer": tokenizer}}
+        assert not lines(check(tmp_path, capsys, recipe), "refused")  # 64 of 64
+        recipe["data"]["max_length"] = 65
+        report = check(tmp_path, capsys, recipe)
+        [refused] = [finding for finding in report["findings"] if finding["verdict"] == "refused"]
+        assert refused["text"].startswith("data.max_length: documents of 65 tokens, and ")
+        assert refused["text"].endswith(" has a table of 64 learned positions")
+        assert refused["cure"].startswith("lower it to 64, ") and cure in refused["cure"]
+        assert cli.main(["train", str(tiny_run.write_recipe(tmp_path / "r.yaml", recipe))]) == 2
+        assert "data.max_length: documents of 65 tokens" in capsys.readouterr().err
+
+
+def test_documents_longer_than_rotary_embeddings_were_made_for_are_warned_of(tmp_path, capsys, blocks):
+    def warned(length: int) -> list[str]:
+        blocks["data"] |= {"max_length": length, "packing": {"type": "best_fit", "row_length": 512}}
+        return lines(check(tmp_path, capsys, blocks), "warning", "model")
+
+    assert warned(256) == []
+    [warning] = warned(257)
+    assert warning.startswith("data.max_length is 257, and ") and warning.endswith(" was made for 256 positions")
+
+
 def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path, capsys, blocks, tiny_model):
     bare = tmp_path / "bare"
     shutil.copytree(tiny_model, bare)

@@ -15,8 +15,9 @@ ROW = Row({}, "data/train.jsonl:7")
 
 
 def sample(mask: str, **columns: np.ndarray) -> Sample:
-    """`..xx`: four tokens, the last two trained."""
-    return Sample(np.arange(len(mask), dtype=np.int32), np.array([c == "x" for c in mask]), ROW.where, columns)
+    """`..xx`: four tokens, 400 to 403, the last two trained."""
+    ids = 100 * len(mask) + np.arange(len(mask), dtype=np.int32)
+    return Sample(ids, np.array([c == "x" for c in mask]), ROW.where, columns)
 
 
 def rendered(*samples: Sample, boundary: int = 0) -> Rendered:
@@ -53,7 +54,7 @@ def test_truncate_keeps_the_beginning_and_moves_the_fates() -> None:
     )
     assert one.group is not None
     (kept,) = one.group.samples
-    assert kept.token_ids.tolist() == [0, 1, 2, 3] and kept.loss_mask.tolist() == [False, False, True, True]
+    assert kept.token_ids.tolist() == [700, 701, 702, 703] and kept.loss_mask.tolist() == [False, False, True, True]
     assert kept.columns["weight"] == 2.0 and kept.columns["advantages"].tolist() == [0, 1, 2, 3]
     assert one.fates == {"trained": 2, "masked": 1, "boundary": 1, "truncated": 3}
 
@@ -79,7 +80,7 @@ def pair(prompt: str, chosen: str, rejected: str) -> Rendered:
 
 def lengths(one: Rendered) -> list[int]:
     assert one.group is not None
-    assert one.fates.total() == len(one.group) + one.fates["truncated"]
+    assert one.fates.total() == len(one.group) + sum(n for fate, n in one.fates.items() if "truncated" in fate)
     assert one.fates["trained"] == sum(int(s.loss_mask.sum()) for s in one.group.samples)
     return [len(s) for s in one.group.samples]
 
@@ -115,6 +116,10 @@ def test_a_group_must_fit_into_a_row() -> None:
     assert fit_length(one, 10, "drop", 10).fates == {"dropped: longer than a packed row": 12}
     assert lengths(fit_length(one, 10, "truncate", 10)) == [4, 4, 2]  # the longest loses
     assert lengths(fit_length(one, 10, "truncate", 7)) == [4, 1, 1]
+    # max_length 8 leaves 4 + 4 + 2, of which a row of 9 leaves 4 + 3 + 2: what was cut for which is told apart
+    assert fit_length(one, 8, "truncate", 9).fates == {
+        "trained": 5, "masked": 4, "truncated": 2, "truncated to a packed row": 1,
+    }  # fmt: skip
     assert fit_length(one, 10, "truncate", 5).fates == {
         "dropped: no trained token before the end of the packed row": 12
     }
@@ -129,3 +134,11 @@ def test_more_documents_than_a_row_holds_are_refused() -> None:
     assert str(one.refusal).startswith(f"{ROW.where}: 9 documents, a packed row of 64 tokens holds 8")
     assert one.group is None and one.fates.total() == 18
     assert fit_length(rendered(*[sample(".x")] * 9), 64, "truncate", 72).group is not None
+
+
+def test_a_pair_goes_where_its_answers_differ_behind_the_cut() -> None:
+    one = rendered(sample(".xxxx"), replace(sample(".xxxx"), token_ids=np.array([500, 501, 502, 503, 9], np.int32)))
+    assert fit_length(one, 5, "truncate", 10) is one
+    cut = fit_length(one, 4, "truncate", 10)
+    assert cut.group is None and cut.refusal is None
+    assert cut.fates == {"dropped: documents of a group are the same when cut": 10}

@@ -20,6 +20,7 @@ from burnish.losses.ipo import IPO
 from burnish.losses.kto import KTO
 from burnish.losses.nll import NLL
 from burnish.losses.orpo import ORPO
+from burnish.losses.pairs import PairLoss, Pairs
 from burnish.losses.robust import Robust
 from burnish.losses.simpo import SimPO
 from burnish.types import Block, LossOutput, TokenOutputs, collate
@@ -236,6 +237,28 @@ def test_robust_is_unbiased_under_flipped_labels() -> None:
     assert (0.7 * right.total + 0.3 * wrong.total).item() == pytest.approx(dpo.total.item(), rel=1e-12)
 
 
+class Exponential(PairLoss):
+    """exp(-m), m the difference of the log-ratios."""
+
+    def compare(self, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
+        chosen, rejected = pairs.ratios(mean=False)
+        return (rejected - chosen).exp(), chosen, rejected
+
+
+def test_a_loss_on_pairs_is_its_formula() -> None:
+    """Weights of 2, 0.5 and 1; differences of 2.25, -1.125, 9.625; unused entries, where exp(0) = 1, count 0."""
+    loss = Exponential(type="own:Exponential")
+    block, logprobs = answer_block([list(pair) for pair in PAIRS], shared=True)
+    output, _ = called(loss, block, logprobs)
+    expected = 2 * math.exp(-2.25) + 0.5 * math.exp(1.125) + math.exp(-9.625)
+    assert output.total.item() == pytest.approx(expected, rel=1e-12)
+    assert (loss.rows, loss.asks, int(loss.count(block))) == ("preference", {"ref_logprobs"}, 3)
+    dpo, _ = called(DPO(beta=1.0), block, logprobs)
+    assert {n: v for n, v in output.metrics.items() if n != "loss"} == {
+        n: v for n, v in dpo.metrics.items() if n != "loss"
+    }
+
+
 def test_a_group_with_one_side_only_is_no_pair() -> None:
     block, logprobs = answer_block([[PAIRS[0][0]], [PAIRS[1][1]], list(PAIRS[2])], shared=True)
     for loss in (DPO(), ORPO(), CPO()):
@@ -264,7 +287,7 @@ def test_cpo_counts_pairs_and_tokens() -> None:
     by_chosen_token = []
     for chosen, rejected in PAIRS:
         c, r = float64(chosen.logprobs), float64(rejected.logprobs)
-        preference = -chosen.weight * log_sigmoid(0.4 * c.sum() - 0.4 * r.sum())  # eq. 3
+        preference = -chosen.weight * log_sigmoid(0.4 * c.sum() - 0.4 * r.sum())
         nll = -chosen.weight * c.sum()
         (preference + 0.7 * nll).backward()
         by_chosen_token.append(c.grad)
@@ -286,7 +309,7 @@ KTO_ANSWERS = [
 
 @pytest.mark.parametrize("kl", [0.5, 0.0])
 def test_kto_is_the_papers(kl: float) -> None:
-    """Eq. 8: lambda_y - v, v = lambda_d sigmoid(beta (r - z)) or lambda_u sigmoid(beta (z - r))."""
+    """Section 4: lambda_y - v, v = lambda_d sigmoid(beta (r - z)) or lambda_u sigmoid(beta (z - r))."""
     loss = KTO(beta=0.4, desirable_weight=1.5, undesirable_weight=0.75)
     block, logprobs = answer_block([[answer] for answer in KTO_ANSWERS], shared=False)
     block.columns["kto_kl"] = torch.full((16,), kl, requires_grad=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,16 +18,21 @@ from burnish.errors import DataError, ModelError, RecipeError, Stopped
 from burnish.losses.base import Loss
 from burnish.losses.dpo import DPO
 from burnish.losses.hidden_kd import HiddenKD
+from burnish.losses.sum import Sum
 from burnish.losses.topk_kd import TopKKD
 from burnish.mesh import Mesh, open_mesh
-from burnish.policy.answers import Answers, answer_all, keys_of
+from burnish.policy.agreement import teacher_facts
+from burnish.policy.answer_writer import Writer
+from burnish.policy.answers import Answers, keys_of
+from burnish.policy.asking import answer_all
 from burnish.policy.checkpoint.manifest import encode_manifest
+from burnish.policy.checkpoint.storage import Storage
 from burnish.policy.second import TOP_K, Reference, Surroundings, Teacher
 from burnish.recipe import load_recipe
 from burnish.types import Block, Group, NewTokens, Sample
 from tests import tiny_run
 from tests.second_helpers import student, surroundings
-from tests.tiny_models import tiny_config
+from tests.tiny_models import tiny_config, tiny_model
 
 COLUMNS = frozenset({"ref_logprobs"})
 OF = {"who": "a reference", "top_k": 2}
@@ -66,6 +72,9 @@ class Counting:
             "teacher_topk_logprobs": torch.stack([half, half - 1], 1),
         }
         return {name: made[name] for name in loss.asks}
+
+    def require(self, group: Group) -> None:
+        return
 
     def reference(self, block: Block, loss: Loss) -> None:
         return None
@@ -199,6 +208,30 @@ def test_a_pass_that_was_cut_short_leaves_what_was_there(mesh: Mesh, tmp_path: P
     assert [entry.name for entry in tmp_path.iterdir()] == ["answers"]
 
 
+@pytest.mark.parametrize("renames", [0, 1])
+def test_a_crash_while_a_cache_is_replaced_leaves_the_old_one_or_the_new(
+    renames: int, mesh: Mesh, tmp_path: Path
+) -> None:
+    class Crashing(Storage):
+        left = renames
+
+        def rename(self, old: Path, new: Path) -> None:
+            if not self.left:
+                raise KeyboardInterrupt
+            self.left -= 1
+            super().rename(old, new)
+
+    written(mesh, tmp_path)
+    writer = Writer(tmp_path / "answers", storage=Crashing())
+    writer.add(keys_of(ALONE)[0], {"ref_logprobs": torch.zeros(2)})
+    with pytest.raises(KeyboardInterrupt):
+        writer.commit({"format": 1, "of": OF, "num_documents": 1})
+    old = tmp_path / ("answers" if renames == 0 else ".answers.old")
+    Answers.open(old, cure="").require(PAIR)
+    written(mesh, tmp_path)
+    opened(tmp_path).require(PAIR)
+
+
 def test_a_folder_that_holds_something_else_is_not_replaced(mesh: Mesh, tmp_path: Path) -> None:
     (tmp_path / "answers").mkdir()
     (tmp_path / "answers" / "thesis.txt").write_text("all of it")
@@ -300,13 +333,22 @@ def test_hidden_states_of_another_width_need_a_head(folder: Path, tmp_path: Path
     with pytest.raises(ModelError, match="its hidden states have 48 entries, the student's 32") as caught:
         teacher.agree(student(folder), [HiddenKD()])
     assert "a head of 48 outputs" in caught.value.cure
-    teacher.agree(student(folder), [HiddenKD(head="project")])
+    heads = {"lm": {"type": "lm"}, "wide": {"type": "linear", "size": 48}, "narrow": {"type": "linear", "size": 40}}
+    with_heads = student(folder, head={"type": "multi", "heads": heads})
+    teacher.agree(with_heads, [HiddenKD(head="wide")])
+    terms = [{"loss": {"type": "hidden_kd", "head": name}} for name in ("wide", "narrow")]
+    for loss in (HiddenKD(head="narrow"), Sum.model_validate({"terms": terms})):
+        with pytest.raises(
+            ModelError, match="the head `narrow` has 40 outputs, and the hidden states of .* 48"
+        ) as caught:
+            teacher.agree(with_heads, [loss])
+        assert (caught.value.where, caught.value.cure) == ("model.head", "set its size to 48")
 
 
 def test_a_cache_of_other_tokens_is_refused_with_the_reasons(folder: Path, mesh: Mesh, tmp_path: Path) -> None:
     here = student(folder)
     cache = tmp_path / "cache"
-    of = {**here.facts(), "top_k": 2, "teacher": {"path": "big", "revision": "main", "config": "0"}}
+    of = {**here.facts(), "top_k": 2, "teacher": {"path": "big", "revision": "main", "weights": None}}
     answer_all(Counting(), around_of(mesh, tmp_path, rows), TOP_K, cache, of)
     teacher = Teacher(cache=str(cache), top_k=2)
     assert teacher.agree(here, []) == f"{cache}: the 2 likeliest tokens of big for 3 documents"
@@ -333,6 +375,41 @@ def test_a_cache_of_other_tokens_is_refused_with_the_reasons(folder: Path, mesh:
     answer_all(Counting(), around_of(mesh, tmp_path, rows), COLUMNS, tmp_path / "reference", here.facts())
     with pytest.raises(DataError, match="what a reference said"):
         Teacher(cache=str(tmp_path / "reference")).agree(here, [])
+
+
+def test_a_cache_of_a_teacher_whose_weights_were_replaced_is_refused(folder: Path, mesh: Mesh, tmp_path: Path) -> None:
+    """The new ones have the same names and shapes: their files are as long, with the same headers."""
+    here, cache, path = student(folder), tmp_path / "cache", str(tmp_path / "big")
+
+    def save(seed: int) -> None:
+        described(tmp_path / "big")
+        tiny_model("llama", seed, vocab_size=320).save_pretrained(path)
+
+    save(0)
+    of = teacher_facts(here, path, "main", 2)
+    answer_all(Counting(), around_of(mesh, tmp_path, rows), TOP_K, cache, of)
+    teacher = Teacher(path=path, cache=str(cache), top_k=2)
+    teacher.agree(here, [])
+    save(0)  # a copy
+    teacher.agree(here, [])
+    size = (tmp_path / "big" / "model.safetensors").stat().st_size
+    save(1)
+    assert (tmp_path / "big" / "model.safetensors").stat().st_size == size
+    with pytest.raises(DataError, match=f"the cache was written for other weights than {path} holds now"):
+        teacher.agree(here, [])
+    shutil.rmtree(path)  # the cache is all that a run needs
+    teacher.agree(here, [])
+
+
+def test_a_second_model_with_fewer_positions_than_the_documents_have_is_refused(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "gpt2"
+    tiny_config("gpt2", vocab_size=320, max_position_embeddings=32).save_pretrained(other)
+    tiny_run.write_tokenizer(other)
+    Reference(path=str(other)).agree(student(folder, max_length=32), [])
+    for second in (Reference(path=str(other)), Teacher(path=str(other))):
+        with pytest.raises(ModelError, match="33 tokens, and .*gpt2 has a table of 32 learned positions") as caught:
+            second.agree(student(folder, max_length=33), [])
+        assert (caught.value.where, caught.value.cure[:14]) == ("data.max_length", "lower it to 32")
 
 
 def test_a_checkpoint_is_neither_read_as_a_cache_nor_replaced_by_one(folder: Path, mesh: Mesh, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from burnish.data.ledger import Ledger
 from burnish.data.prefetch import Prefetch
 from burnish.data.stream import Stream, eval_blocks, merge_states, open_stream
 from burnish.errors import DataError, ResumeError, RunFailed
-from burnish.types import Block, Row
+from burnish.types import Block, Group, Row
 from tests.stream_helpers import (
     BAD_JSON,
     REFUSED,
@@ -259,6 +259,30 @@ def test_a_refused_row_is_raised_when_it_is_reached_and_nothing_before_it_is_los
     mended.load(json.loads(json.dumps(state)))
     rest = taken(mended, num_blocks=4)
     assert [b.sample_ids for s in rest for b in s] == [b.sample_ids for s in expected[len(steps) :] for b in s]
+
+
+def test_a_row_that_the_run_cannot_use_is_refused_like_a_bad_one() -> None:
+    """Row 100 has 27 tokens: whoever accepts rows sees it cut to 20."""
+    sizes = (*[9] * 100, 27, *[9] * 100)
+    data = data_config(Lengths(lengths=sizes), eval=[Lengths(lengths=sizes)], shuffle=False, max_length=20)
+    data = data.model_copy(update={"over_length": "truncate"})
+    seen: set[int] = set()
+
+    def accept(group: Group) -> None:
+        seen.add(len(group))
+        if len(group) == 20:
+            raise DataError("nobody was asked about it", where=group.samples[0].sample_id)
+
+    stream = open_stream(data, LengthRenderer(), seed=0, num_epochs=1, accept=accept)
+    steps, state = 0, stream.state()
+    with pytest.raises(DataError, match="nobody was asked") as refused:
+        while stream.take(4):
+            steps, state = steps + 1, stream.state()
+    assert (refused.value.where, seen) == ("a:100", {9, 20})
+    assert steps > 5 and stream.state() == state
+    stream.close()
+    with pytest.raises(DataError, match="nobody was asked"):
+        list(eval_blocks(data, LengthRenderer(), accept=accept))
 
 
 def test_the_first_rows_do_not_wait_for_the_data_set() -> None:

@@ -118,6 +118,10 @@ def test_it_survives_a_recipe() -> None:
         ([{"loss": {"type": "dpo"}}, {"loss": {"type": "kto"}}], "rows of different kinds, preference and unpaired"),
         ([{"loss": {"type": "kd"}}, {"loss": {"type": "kd"}}], "kd and kd both need full_kl"),
         ([{"loss": {"type": "nll"}}, {"loss": {"type": "ranking"}}], "ranking measures a model and has no gradient"),
+        (
+            [{"loss": {"type": "regression", "label": "stars"}}, {"loss": {"type": "classification"}}],
+            "regression reads the head 'score' as `number`, another term as `classes`",
+        ),
         ([{"loss": {"type": "sum", "terms": [{"loss": {"type": "nll"}}]}}], "no type 'sum'"),
         ([{"loss": {"type": "dpo"}, "weight": -1.0}], "greater than or equal to 0"),
         ([{"loss": {"type": "dp0"}}], "did you mean 'dpo'"),

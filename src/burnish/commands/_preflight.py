@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from burnish.commands._advice import short_rows, small_step
+from burnish.commands._rows import batches, is_table
 from burnish.errors import DataError, UserError
-from burnish.launch.run_folder import saved_recipe
+from burnish.launch.run_folder import require_tokens, saved_recipe
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
-    from typing_extensions import TypeIs
 
     from burnish.commands._sizes import NumParameters
     from burnish.data.renderers.base import LiveRenderer
@@ -24,10 +24,8 @@ if TYPE_CHECKING:
     from burnish.model.config import ModelConfig
     from burnish.policy.answers import Answers
     from burnish.recipe import Recipe
-    from burnish.types import NewTokens, Rendered, Row
+    from burnish.types import NewTokens, Rendered
 
-RENDER_BATCH = 256
-"""Rows tokenised together."""
 MAX_REFUSALS = 20
 """Bad rows shown for each source; the rest is a number."""
 
@@ -66,18 +64,26 @@ class Seen:
     """Tokens of each group that would be trained on."""
     longest: int = 0
     """Tokens of the longest document."""
+    beyond_row: list[int] = field(default_factory=list)
+    """Tokens of each group that was cut or dropped because a packed row is shorter."""
     fates: Counter[str] = field(default_factory=Counter)
     refusals: list[DataError] = field(default_factory=list)
 
-    def add(self, rendered: Rendered) -> None:
+    def add(self, rendered: Rendered | DataError) -> None:
         """Counts one row."""
         from burnish.data.length import longest_document
 
         self.num_rows += 1
+        if isinstance(rendered, DataError):
+            self.refusals.append(rendered)
+            return
         self.fates += rendered.fates
         if rendered.refusal is not None:
             self.refusals.append(rendered.refusal)
-        elif rendered.group is not None:
+            return
+        if any("packed row" in fate for fate in rendered.fates):
+            self.beyond_row.append(rendered.fates.total() - rendered.fates["truncated"])
+        if rendered.group is not None:
             self.lengths.append(len(rendered.group))
             self.longest = max(self.longest, longest_document(rendered.group))
             self.num_untrained += not any(sample.loss_mask.any() for sample in rendered.group.samples)
@@ -96,6 +102,8 @@ class Preflight:
         self.hf_config: PretrainedConfig | None = None
         self.new_tokens: NewTokens | None = None
         self.seen: dict[str, Seen] = {}
+        self.resumes = False
+        """Whether the run folder holds a run that would go on."""
         self.kept: Answers | None = None
         """What a teacher said about the data, where the recipe names a cache."""
         self.beside: ModelConfig | None = None
@@ -126,6 +134,7 @@ class Preflight:
             cure = "undo the change to go on with that run, or give another run_dir"
             yield Finding("run", "refused", f"{folder} holds a run of another recipe: {'; '.join(changed)}", cure)
         else:
+            self.resumes = True
             yield Finding("run", "ok", f"{folder}: this run goes on where it was left")
 
     def files(self) -> Iterator[Finding]:
@@ -137,7 +146,7 @@ class Preflight:
                 yield Finding.refusal("files", error, f"{name}: ")
                 continue
             self.tables[name] = table
-            size = f"{len(table):,} rows" if _is_table(table) else f"{table.num_shards} shards, streamed"
+            size = f"{len(table):,} rows" if is_table(table) else f"{table.num_shards} shards, streamed"
             yield Finding("files", "ok", f"{name}: {getattr(source, 'path', source.type)}, {size}")
 
     def model(self) -> Iterator[Finding]:
@@ -157,6 +166,7 @@ class Preflight:
         try:
             hf_config = self.hf_config = load_config(model)
             yield Finding("model", "ok", f"{model.name}: {hf_config.model_type}, {model.dtype}")
+            yield from self._positions("model", model, hf_config)
         except UserError as error:
             yield Finding.refusal("model", error)
         if unusable is not None:
@@ -168,6 +178,16 @@ class Preflight:
         template = "a chat template" if tokenizer.chat_template else "no chat template"
         new = "" if self.new_tokens is None else f" ({len(self.new_tokens.sources):,} new)"
         yield Finding("tokenizer", "ok", f"{len(tokenizer):,} ids{new} in {rows:,} embedding rows, {template}")
+
+    def _positions(self, stage: str, model: ModelConfig, hf_config: PretrainedConfig) -> Iterator[Finding]:
+        """Whether a model was made for documents as long as these. Raises ModelError where it cannot read them."""
+        from burnish.model.positions import require_positions, untrained_positions
+
+        require_positions(model, hf_config, self.recipe.data.max_length)
+        warning = untrained_positions(model, hf_config, self.recipe.data.max_length)
+        if warning is not None:
+            cure = "lower data.max_length, or let the model's rope_parameters scale the positions"
+            yield Finding(stage, "warning", warning, cure)
 
     def masks(self) -> Iterator[Finding]:
         """Renders rows of every source: what is trained, what does not fit, what cannot be used."""
@@ -185,15 +205,20 @@ class Preflight:
         if self.hf_config is not None:
             texts = Texts(self.tokenizer, renderer, self.new_tokens)
             try:
-                require_embeddings(student_of(self.recipe, texts).vocab_size, self.tokenizer, renderer.chat_template)
+                student = student_of(self.recipe, texts)
+                require_embeddings(student.vocab_size, self.tokenizer, renderer.chat_template)
+                if self.resumes:
+                    require_tokens(Path(self.recipe.run_dir), student.facts())
             except UserError as error:
                 yield Finding.refusal("tokenizer", error)
             yield from self._second(texts)
         yield from _template(renderer)
         for name, table in self.tables.items():
             seen = self.seen[name] = self._render(table, renderer)
-            whole = self.num_rows is None or (_is_table(table) and len(table) <= self.num_rows)
+            whole = self.num_rows is None or (is_table(table) and len(table) <= self.num_rows)
             yield self._shares(name, seen, whole=whole)
+            for text, cure in short_rows(self.recipe.data, seen.num_rows, seen.beyond_row):
+                yield Finding("masks", "warning", f"{name}: {text}", cure)
             for error in seen.refusals[:MAX_REFUSALS]:
                 yield Finding.refusal("masks", error)
             if len(seen.refusals) > MAX_REFUSALS:
@@ -204,6 +229,7 @@ class Preflight:
     def _second(self, texts: Texts) -> Iterator[Finding]:
         """Whether reference or teacher is there and speaks the same tokens."""
         from burnish.launch.second import student_of
+        from burnish.model.load import load_config
 
         second = self.recipe.workflow.second()
         if second is None:
@@ -216,6 +242,8 @@ class Preflight:
             yield Finding.refusal("second", error)
         else:
             yield Finding("second", "ok", f"compared with {text}")
+            if self.beside is not None and self.beside.path != self.recipe.model.path:
+                yield from self._positions("second", self.beside, load_config(self.beside))
 
     def _one_sided(self) -> Iterator[Finding]:
         """Whether answers marked good or bad are all of one kind."""
@@ -227,19 +255,13 @@ class Preflight:
             yield Finding.refusal("masks", error)
 
     def _render(self, table: RowTable | RowShards, renderer: LiveRenderer) -> Seen:
-        from burnish.data.length import fit_length
+        from burnish.data.lane import render_rows
 
-        seen, data = Seen(), self.recipe.data
-        row_length = data.packing.tokens_per_row(data.max_length)
-        for rows in _batches(table, self.num_rows, seen.refusals):
-            for rendered in renderer.render(rows):
-                fitted = fit_length(rendered, data.max_length, data.over_length, row_length)
-                try:
-                    if self.kept is not None and fitted.group is not None:
-                        self.kept.require(fitted.group)
-                except DataError as error:
-                    fitted = replace(fitted, refusal=error)
-                seen.add(fitted)
+        seen = Seen()
+        accept = None if self.kept is None else self.kept.require
+        for rows in batches(table, self.num_rows, seen.refusals):
+            for rendered in render_rows(rows, renderer, self.recipe.data, accept):
+                seen.add(rendered)
         return seen
 
     def _shares(self, name: str, seen: Seen, *, whole: bool) -> Finding:
@@ -275,13 +297,12 @@ class Preflight:
             f"a step: {recipe.global_batch_size} rows x {row_length:,} = {tokens:,} tokens, {fill:.1%} filled, about "
             f"{documents:,.0f} documents and {tokens * fill * trained:,.0f} trained tokens",
         )
-        if recipe.workflow.type == "embedding" and documents < 2:
-            text = f"a step holds about {documents:.1f} queries: few documents that each is to be told apart from"
-            yield Finding("batch", "warning", text, "raise global_batch_size")
+        for text, cure in small_step(recipe, documents):
+            yield Finding("batch", "warning", text, cure)
         total = 0.0
         for name, seen in train.items():
             table = self.tables[name]
-            if not _is_table(table):
+            if not is_table(table):
                 return
             total += len(table) * len(seen.lengths) / seen.num_rows
         yield Finding("batch", "ok", _length_of_run(recipe, total, documents))
@@ -350,43 +371,3 @@ def _length_of_run(recipe: Recipe, num_documents: float, documents_a_step: float
     else:
         run = f"{recipe.num_steps:,} steps are {(recipe.num_steps or 0) / steps:.2g} epochs"
     return f"{run}; an epoch is {num_documents:,.0f} documents, about {max(1.0, steps):,.0f} steps"
-
-
-def _is_table(table: RowTable | RowShards) -> TypeIs[RowTable]:
-    return hasattr(table, "__len__")
-
-
-def _batches(table: RowTable | RowShards, num_rows: int | None, refusals: list[DataError]) -> Iterator[list[Row]]:
-    """The first rows of a source, in batches; unusable rows are noted in `refusals` and left out."""
-    if not _is_table(table):
-        shards = (table.read(shard, 0) for shard in range(table.num_shards))
-        rows = itertools.islice(itertools.chain.from_iterable(shards), num_rows)
-        while batch := list(itertools.islice(_up_to_bad(rows, refusals), RENDER_BATCH)):
-            yield batch
-        return
-    total = len(table) if num_rows is None else min(num_rows, len(table))
-    for start in range(0, total, RENDER_BATCH):
-        indices = range(start, min(start + RENDER_BATCH, total))
-        try:
-            yield table.rows(indices)
-        except DataError:
-            yield _one_by_one(table, indices, refusals)
-
-
-def _up_to_bad(rows: Iterator[Row], refusals: list[DataError]) -> Iterator[Row]:
-    """A stream up to its first bad row: what follows cannot be reached."""
-    try:
-        yield from rows
-    except DataError as error:
-        refusals.append(error)
-
-
-def _one_by_one(table: RowTable, indices: range, refusals: list[DataError]) -> list[Row]:
-    """The rows that can be read; which of a batch could not, only reading them alone can tell."""
-    rows = []
-    for index in indices:
-        try:
-            rows += table.rows([index])
-        except DataError as error:
-            refusals.append(error)
-    return rows

@@ -8,6 +8,7 @@ from __future__ import annotations
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from burnish.data.renderers.base import LiveRenderer
     from burnish.types import Group, Rendered, Row
 
+    Accept = Callable[[Group], None]
+
 FIRST_ROWS, MAX_ROWS = 16, 128
 """Rows of a lane rendered at once: few at first, so that the first step comes soon, then twice as many each time."""
 
@@ -38,8 +41,15 @@ class Kitchen:
     interpreter's lock, so that packing one batch costs no time beside rendering the next.
     """
 
-    def __init__(self, feeds: Sequence[TableFeed | ShardFeed], data: DataConfig, renderer: LiveRenderer) -> None:
-        self.feeds, self._data, self._renderer = feeds, data, renderer
+    def __init__(
+        self,
+        feeds: Sequence[TableFeed | ShardFeed],
+        data: DataConfig,
+        renderer: LiveRenderer,
+        accept: Accept | None = None,
+    ) -> None:
+        """`accept`: see `render_rows`."""
+        self.feeds, self._data, self._renderer, self._accept = feeds, data, renderer, accept
         self.weights = [source.weight for source in data.train]
         self.doing = "starting"
         self._pool = ThreadPoolExecutor(1, "burnish-render")
@@ -58,7 +68,7 @@ class Kitchen:
         rows = [row for ref in refs if not isinstance(row := fetched[ref], DataError)]
         if rows:
             self.doing = f"rendering {len(rows)} rows from {rows[0].where} on"
-        rendering = self._pool.submit(render_rows, rows, self._renderer, self._data)
+        rendering = self._pool.submit(render_rows, rows, self._renderer, self._data, self._accept)
 
         def results() -> list[Rendered | DataError]:
             rendered = iter(rendering.result())
@@ -67,14 +77,27 @@ class Kitchen:
         return results
 
 
-def render_rows(rows: Sequence[Row], renderer: LiveRenderer, data: DataConfig) -> list[Rendered | DataError]:
-    """Rendered and cut to `max_length`; a row that the renderer raises for is that DataError."""
-    results = each(renderer.render, rows) if rows else []
+def render_rows(
+    rows: Sequence[Row], renderer: LiveRenderer, data: DataConfig, accept: Accept | None = None
+) -> list[Rendered | DataError]:
+    """Rendered and cut to `max_length`; a row that the renderer raises for is that DataError.
+
+    Args:
+        accept: raises DataError for a group that the run cannot use, which becomes the row's refusal.
+    """
     row_length = data.packing.tokens_per_row(data.max_length)
-    return [
-        result if isinstance(result, DataError) else fit_length(result, data.max_length, data.over_length, row_length)
-        for result in results
-    ]
+
+    def fitted(rendered: Rendered) -> Rendered:
+        rendered = fit_length(rendered, data.max_length, data.over_length, row_length)
+        try:
+            if accept is not None and rendered.group is not None:
+                accept(rendered.group)
+        except DataError as error:
+            return replace(rendered, group=None, refusal=error)
+        return rendered
+
+    results = each(renderer.render, rows) if rows else []
+    return [result if isinstance(result, DataError) else fitted(result) for result in results]
 
 
 class Entry(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -20,7 +21,7 @@ def fit_length(
 
     `refuse`: the row carries a DataError that says how long it is. `drop`: the whole group goes. `truncate`: each
     document keeps its beginning, in a row too short for all of them the longest lose most; a group goes where a
-    document that had trained tokens has none left.
+    document that had trained tokens has none left, or where two that differed are the same now.
 
     >>> # 9 tokens, the last 2 trained, max_length 8, truncate: {"trained": 1, "masked": 7, "truncated": 1}
     """
@@ -46,10 +47,14 @@ def fit_length(
     if not all(len(kept) and kept.loss_mask.any() >= sample.loss_mask.any() for sample, kept in before_after):
         at = "max_length" if longest > max_length else "the end of the packed row"
         return _dropped(rendered, f"no trained token before {at}")
+    if _num_different(samples) < _num_different(group.samples):
+        return _dropped(rendered, "documents of a group are the same when cut")
     num_cut = sum(len(sample) - len(kept) for sample, kept in before_after)
     trained_cut = sum(int(sample.loss_mask[len(kept) :].sum()) for sample, kept in before_after)
     fates = Counter(rendered.fates)
-    fates["truncated"] += num_cut
+    cut_by_row = sum(_rooms(group, max_length, total)) - sum(map(len, samples))
+    fates["truncated"] += num_cut - cut_by_row
+    fates["truncated to a packed row"] += cut_by_row
     fates["trained"] -= trained_cut
     # Which of the other cut tokens were boundaries is not kept: they count as masked as far as there are any.
     from_masked = min(num_cut - trained_cut, fates["masked"])
@@ -97,6 +102,10 @@ def _rooms(group: Group, max_length: int, row_length: int) -> list[int]:
 def _cut(sample: Sample, length: int) -> Sample:
     columns = {name: column[:length] if column.ndim else column for name, column in sample.columns.items()}
     return replace(sample, token_ids=sample.token_ids[:length], loss_mask=sample.loss_mask[:length], columns=columns)
+
+
+def _num_different(samples: Sequence[Sample]) -> int:
+    return len({(sample.prefix, sample.token_ids.tobytes()) for sample in samples})
 
 
 def _dropped(rendered: Rendered, reason: str) -> Rendered:

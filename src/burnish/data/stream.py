@@ -11,7 +11,7 @@ empty rows.
 from __future__ import annotations
 
 from collections import deque
-from itertools import islice, zip_longest
+from itertools import chain, islice, zip_longest
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from burnish.data.config import DataConfig
+    from burnish.data.lane import Accept
     from burnish.data.renderers.base import LiveRenderer
     from burnish.data.sources.base import Source
     from burnish.types import Block, Group, Row
@@ -268,10 +269,12 @@ def open_stream(
     num_epochs: int | None,
     rank: int = 0,
     world_size: int = 1,
+    accept: Accept | None = None,
 ) -> Stream:
     """Opens the training sources. Nothing is rendered before the first `take`.
 
     Args:
+        accept: raises DataError for a group that the run cannot use: its row is refused when it is reached.
         num_epochs: the run ends after this many times the rows of all sources together, drawn by the sources' weights:
             with weights 1 and 1, sources of 900 and 100 rows give 500 samples each an epoch. None: it never ends.
 
@@ -298,21 +301,24 @@ def open_stream(
             )
         feeds.append(ShardFeed(number, opened, seed, data.shuffle, data.packing.lanes))
     num_samples = None if num_epochs is None else num_epochs * sum(feed.num_rows for feed in feeds)
-    return Stream(Kitchen(feeds, data, renderer), data, num_samples, rank, world_size)
+    return Stream(Kitchen(feeds, data, renderer, accept), data, num_samples, rank, world_size)
 
 
-def eval_blocks(data: DataConfig, renderer: LiveRenderer, ledger: Ledger | None = None) -> Iterator[Block]:
+def eval_blocks(
+    data: DataConfig, renderer: LiveRenderer, ledger: Ledger | None = None, accept: Accept | None = None
+) -> Iterator[Block]:
     """The eval sources once through, one after the other, in file order, packed; made as they are asked for.
 
     Args:
         ledger: counts the rows and their tokens; its sources are those of `data.eval`.
+        accept: see `open_stream`.
 
     Raises:
         DataError: at the first row that is refused.
     """
     row_length = data.packing.tokens_per_row(data.max_length)
     ledger = ledger or Ledger([f"data.eval.{source}" for source in range(len(data.eval))], row_length)
-    return _once_through(data.eval, data, renderer, ledger)
+    return _once_through(data.eval, data, renderer, ledger, accept)
 
 
 def all_blocks(data: DataConfig, renderer: LiveRenderer) -> Iterator[Block]:
@@ -335,7 +341,11 @@ def all_blocks(data: DataConfig, renderer: LiveRenderer) -> Iterator[Block]:
 
 
 def _once_through(
-    sources: Sequence[Source], data: DataConfig, renderer: LiveRenderer, ledger: Ledger
+    sources: Sequence[Source],
+    data: DataConfig,
+    renderer: LiveRenderer,
+    ledger: Ledger,
+    accept: Accept | None = None,
 ) -> Iterator[Block]:
     row_length = data.packing.tokens_per_row(data.max_length)
     packer = data.packing.open(row_length)
@@ -346,7 +356,7 @@ def _once_through(
         return layout(row, row_length, max_documents(row_length))
 
     for number, source in enumerate(sources):
-        for rendered in (rendered for rows in _batches(source) for rendered in render_rows(rows, renderer, data)):
+        for rendered in chain.from_iterable(render_rows(rows, renderer, data, accept) for rows in _batches(source)):
             refusal = rendered if isinstance(rendered, DataError) else rendered.refusal
             if refusal is not None:
                 raise refusal

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from burnish.policy.second import Surroundings
     from burnish.recipe import Recipe
     from burnish.track.base import LiveTracker
-    from burnish.types import NewTokens
+    from burnish.types import Group, NewTokens
     from burnish.workflows.base import Run
 
 
@@ -47,6 +47,7 @@ class Local(Launch):
         from burnish.launch.signals import StopSignals
         from burnish.model.fresh import for_tokenizer
         from burnish.model.load import require_embeddings
+        from burnish.model.positions import require_positions
 
         refuse_many_ranks()
         with ExitStack() as stack:
@@ -60,6 +61,7 @@ class Local(Launch):
             recipe = recipe.model_copy(update={"model": for_tokenizer(recipe.model, tokenizer)})
             student = student_of(recipe, texts)
             folder.hold_tokens(student.facts())
+            require_positions(student.config, student.hf_config, student.max_length)
             require_embeddings(student.vocab_size, tokenizer, renderer.chat_template)
             if (second := recipe.workflow.second()) is not None:
                 console.note(f"compared with {second.agree(student, recipe.workflow.losses())}")
@@ -115,7 +117,12 @@ def build(
     from burnish.workflows.base import Cadence, Run
 
     refuse_one_sided(recipe.data, recipe.row_format())
-    stream = open_stream(recipe.data, renderer, seed=recipe.seed, num_epochs=recipe.num_epochs)
+
+    def accept(group: Group) -> None:
+        if policy.second is not None:  # it is opened below, and the stream renders nothing before the first step
+            policy.second.require(group)
+
+    stream = open_stream(recipe.data, renderer, seed=recipe.seed, num_epochs=recipe.num_epochs, accept=accept)
     stack.callback(stream.close)
     for source in recipe.data.eval:
         source.open()  # a missing file is refused now, not at the first evaluation
@@ -134,7 +141,7 @@ def build(
     run = Run(
         policy=policy,
         stream=stream,
-        held_out=(lambda: eval_blocks(recipe.data, renderer)) if recipe.data.eval else None,
+        held_out=(lambda: eval_blocks(recipe.data, renderer, accept=accept)) if recipe.data.eval else None,
         schedule=recipe.schedule,
         learning_rate=recipe.optimizer.learning_rate,
         blocks_per_step=recipe.global_batch_size // mesh.world_size,

@@ -99,8 +99,10 @@ def saved_recipe(run_dir: Path) -> dict[str, Any] | None:
 
 
 def require_tokens(run_dir: Path, facts: Mapping[str, Any]) -> None:
-    """Raises ResumeError where ids of the run in `run_dir` stood for something else than `facts` say: the recipe names
-    files (items, new tokens, a template) that may have been edited, and the model would go on with its rows mixed up."""
+    """Raises ResumeError where ids of the run in `run_dir` stood for something else than `facts` say.
+
+    A recipe names files (items, new tokens, a template) that may be edited: the model would go on with rows mixed up.
+    """
     path = run_dir / "tokens.json"
     held = json.loads(path.read_bytes()) if path.exists() else {}
     changed = " and ".join(name.replace("_", " ") for name, fact in facts.items() if held.get(name, fact) != fact)

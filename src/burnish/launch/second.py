@@ -26,7 +26,14 @@ def student_of(recipe: Recipe, texts: Texts) -> Student:
     from burnish.policy.agreement import Student
 
     config = for_tokenizer(recipe.model, texts.tokenizer)
-    return Student(config, load_config(config), texts.tokenizer, texts.renderer.chat_template, texts.new_tokens)
+    return Student(
+        config=config,
+        hf_config=load_config(config),
+        tokenizer=texts.tokenizer,
+        chat_template=texts.renderer.chat_template,
+        max_length=recipe.data.max_length,
+        new_tokens=texts.new_tokens,
+    )
 
 
 def surroundings(

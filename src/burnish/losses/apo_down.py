@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Gt
 
-from burnish.losses.base import Loss
-from burnish.losses.pairs import Pairs
+from burnish.losses.pairs import PairLoss, Pairs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from burnish.types import Block, LossOutput, RowKind, TokenOutputs
 
-
-class APODown(Loss):
+class APODown(PairLoss):
     """sigmoid(r_c) + 1 - sigmoid(r_c - r_r), with r = beta (log p - log q) of a pair's chosen and rejected answers
     under policy p and reference q. For chosen answers that are worse than what the model says by itself.
 
@@ -24,16 +21,10 @@ class APODown(Loss):
     """
 
     type: Literal["apo_down"] = "apo_down"
-    asks: ClassVar[frozenset[str]] = frozenset({"ref_logprobs"})
-    rows: ClassVar[RowKind] = "preference"
     beta: Annotated[float, Gt(0)] = 0.1
     """How closely the policy is held to the reference; larger is closer."""
 
-    def count(self, block: Block) -> Tensor:
-        return Pairs.count(block)
-
-    def __call__(self, outputs: TokenOutputs, block: Block) -> LossOutput:
-        pairs = Pairs.of(outputs, block)
+    def compare(self, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
         chosen, rejected = pairs.ratios(mean=False)
         loss = (self.beta * chosen).sigmoid() + 1 - (self.beta * (chosen - rejected)).sigmoid()
-        return pairs.output(loss, self.beta * chosen, self.beta * rejected)
+        return loss, self.beta * chosen, self.beta * rejected

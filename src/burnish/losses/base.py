@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from burnish.component import Component
@@ -32,6 +32,10 @@ class Loss(Component):
     """Whether it has a gradient; False: it measures, for a workflow's `evaluate`."""
     rows: ClassVar[RowKind] = "conversation"
     """What a row of the data must be. `conversation` losses read any kind, since all kinds have trained tokens."""
+
+    def singles(self) -> Sequence[Loss]:
+        """The losses that it adds up; itself, where it is none of several."""
+        return [self]
 
     @property
     def divergence(self) -> Divergence | None:

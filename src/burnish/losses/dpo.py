@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Gt, Interval
 
-from burnish.losses.base import Loss
-from burnish.losses.pairs import Pairs
+from burnish.losses.pairs import PairLoss, Pairs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from burnish.types import Block, LossOutput, RowKind, TokenOutputs
 
-
-class DPO(Loss):
+class DPO(PairLoss):
     """-(1 - e) log sigmoid(m) - e log sigmoid(-m), with m = beta ((log p_c - log q_c) - (log p_r - log q_r)) of a
     pair's chosen and rejected answers under policy p and reference q, and e the label smoothing.
 
@@ -26,8 +23,6 @@ class DPO(Loss):
     """
 
     type: Literal["dpo"] = "dpo"
-    asks: ClassVar[frozenset[str]] = frozenset({"ref_logprobs"})
-    rows: ClassVar[RowKind] = "preference"
     beta: Annotated[float, Gt(0)] = 0.1
     """How closely the policy is held to the reference; larger is closer. Length-normalised, 2 to 10 is usual."""
     label_smoothing: Annotated[float, Interval(ge=0, lt=0.5)] = 0.0
@@ -35,14 +30,10 @@ class DPO(Loss):
     length_normalised: bool = False
     """Compare the mean log-ratio of an answer's tokens instead of their sum, so that long answers are not favoured."""
 
-    def count(self, block: Block) -> Tensor:
-        return Pairs.count(block)
-
-    def __call__(self, outputs: TokenOutputs, block: Block) -> LossOutput:
+    def compare(self, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
         from torch.nn.functional import logsigmoid
 
-        pairs = Pairs.of(outputs, block)
         chosen, rejected = pairs.ratios(mean=self.length_normalised)
         margin = self.beta * (chosen - rejected)
         loss = -(1 - self.label_smoothing) * logsigmoid(margin) - self.label_smoothing * logsigmoid(-margin)
-        return pairs.output(loss, self.beta * chosen, self.beta * rejected)
+        return loss, self.beta * chosen, self.beta * rejected

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Gt
 
-from burnish.losses.base import Loss
-from burnish.losses.pairs import Pairs
+from burnish.losses.pairs import PairLoss, Pairs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from burnish.types import Block, LossOutput, RowKind, TokenOutputs
 
-
-class IPO(Loss):
+class IPO(PairLoss):
     """(h - 1 / (2 beta))^2, with h = (log p_c - log q_c) / |c| - (log p_r - log q_r) / |r| of a pair's chosen and
     rejected answers of |c| and |r| tokens under policy p and reference q. Counted by pair.
 
@@ -25,18 +22,12 @@ class IPO(Loss):
     """
 
     type: Literal["ipo"] = "ipo"
-    asks: ClassVar[frozenset[str]] = frozenset({"ref_logprobs"})
-    rows: ClassVar[RowKind] = "preference"
     beta: Annotated[float, Gt(0)] = 0.1
     """How closely the policy is held to the reference; the answers end up 1 / (2 beta) nats (a token) apart."""
     length_normalised: bool = True
     """Means over an answer's tokens; false: the sums of the paper's equation."""
 
-    def count(self, block: Block) -> Tensor:
-        return Pairs.count(block)
-
-    def __call__(self, outputs: TokenOutputs, block: Block) -> LossOutput:
-        pairs = Pairs.of(outputs, block)
+    def compare(self, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
         chosen, rejected = pairs.ratios(mean=self.length_normalised)
         loss = (chosen - rejected - 1 / (2 * self.beta)).square()
-        return pairs.output(loss, self.beta * chosen, self.beta * rejected)
+        return loss, self.beta * chosen, self.beta * rejected

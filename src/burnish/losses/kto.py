@@ -21,8 +21,8 @@ class KTO(Loss):
     one, with r = log p - log q of the answer under policy p and reference q, and z = max(0, KL(p || q)) as estimated
     over the step, a constant.
 
-    Ethayarajh et al., arXiv:2402.01306, eq. 8. Where the policy equals the reference it is half the answer's weight:
-    0.5. `rewards/accuracies` is the share of answers on their side of z. Counted by answer; a column `weight`
+    Ethayarajh et al., arXiv:2402.01306, section 4. Where the policy equals the reference it is half the answer's
+    weight: 0.5. `rewards/accuracies` is the share of answers on their side of z. Counted by answer; a column `weight`
     multiplies its answer and leaves the count as it is.
     """
 

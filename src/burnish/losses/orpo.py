@@ -6,20 +6,19 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Gt
 
-from burnish.losses.base import Loss
-from burnish.losses.pairs import Pairs
+from burnish.losses.pairs import PairLoss, Pairs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from burnish.types import Block, LossOutput, RowKind, TokenOutputs
+    from burnish.types import Block, LossOutput, TokenOutputs
 
 SUREST = -1e-7
 """Largest mean log-probability that odds are taken of: at 0, which float32 rounds a memorised answer to, p / (1 - p)
 and its gradient are infinite."""
 
 
-class ORPO(Loss):
+class ORPO(PairLoss):
     """-log p_c - beta log sigmoid(log odds_c - log odds_r), with log p the mean log-probability of an answer's tokens,
     odds = p / (1 - p), and c and r a pair's chosen and rejected answers. Counted by pair.
 
@@ -28,12 +27,9 @@ class ORPO(Loss):
     """
 
     type: Literal["orpo"] = "orpo"
-    rows: ClassVar[RowKind] = "preference"
+    asks: ClassVar[frozenset[str]] = frozenset()
     beta: Annotated[float, Gt(0)] = 0.1
     """Weight of the odds ratio beside the likelihood of the chosen answer."""
-
-    def count(self, block: Block) -> Tensor:
-        return Pairs.count(block)
 
     def __call__(self, outputs: TokenOutputs, block: Block) -> LossOutput:
         from torch.nn.functional import logsigmoid

@@ -1,22 +1,23 @@
-"""Pairs of a better and a worse answer in a block: their log-probabilities, and the metrics that every such loss has.
+"""Pairs of a better and a worse answer in a block: their log-probabilities, and what every loss on them has in common.
 
 A pair is a group with a document of `preference` 1 (chosen) and one of -1 (rejected), in any order; a prompt that both
 share is a document of `preference` 0. Vectors here are float64 [D], one entry a group at the group's number, and 0 in
-the entries that are no pair. Must not know any loss.
+the entries that are no pair. Must not know any one loss.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
+from burnish.losses.base import Loss
 from burnish.losses.reduce import by_document, by_group
 from burnish.types import LossOutput
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from burnish.types import Block, TokenOutputs
+    from burnish.types import Block, RowKind, TokenOutputs
 
 
 def pairs_in(block: Block) -> Tensor:
@@ -78,11 +79,6 @@ class Pairs:
             weight=split(columns["weight"], block)[0] if "weight" in columns else 1.0 * is_pair,
         )
 
-    @staticmethod
-    def count(block: Block) -> Tensor:
-        """Scalar: number of pairs."""
-        return pairs_in(block).sum()
-
     def logps(self, *, mean: bool) -> tuple[Tensor, Tensor]:
         """log p of (chosen, rejected); with `mean` a token."""
         chosen, rejected = self.chosen_logps, self.rejected_logps
@@ -122,3 +118,25 @@ def pair_metrics(pairs: Pairs, chosen_reward: Tensor, rejected_reward: Tensor) -
     }
     count = pairs.is_pair.sum()
     return {name: (values.detach().sum(), count) for name, values in sums.items()}
+
+
+class PairLoss(Loss):
+    """A loss on pairs: the sum of each pair's `compare`, times its weight; counted by pair, with the metrics of pairs.
+
+    Compares with a reference, by `Pairs.ratios`; one that does without, by `Pairs.logps`, says `asks = frozenset()`.
+    """
+
+    asks: ClassVar[frozenset[str]] = frozenset({"ref_logprobs"})
+    rows: ClassVar[RowKind] = "preference"
+
+    def compare(self, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
+        """[D] each: the loss, then the rewards of the chosen and the rejected answer, which are for the metrics. Where
+        there is no pair the rewards are 0, and the loss is not looked at."""
+        raise AssertionError(f"{type(self).__name__} must say how it compares the answers of a pair")
+
+    def count(self, block: Block) -> Tensor:
+        return pairs_in(block).sum()
+
+    def __call__(self, outputs: TokenOutputs, block: Block) -> LossOutput:
+        pairs = Pairs.of(outputs, block)
+        return pairs.output(*self.compare(pairs))

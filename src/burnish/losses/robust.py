@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Gt, Interval
 
-from burnish.losses.base import Loss
-from burnish.losses.pairs import Pairs
+from burnish.losses.pairs import PairLoss, Pairs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from burnish.types import Block, LossOutput, RowKind, TokenOutputs
 
-
-class Robust(Loss):
+class Robust(PairLoss):
     """(-(1 - e) log sigmoid(m) + e log sigmoid(-m)) / (1 - 2 e), with m as in DPO and e the label smoothing.
 
     Chowdhury et al., arXiv:2403.00409, section 3: where labels are flipped with probability e, the expected loss is the
@@ -24,21 +21,15 @@ class Robust(Loss):
     """
 
     type: Literal["robust"] = "robust"
-    asks: ClassVar[frozenset[str]] = frozenset({"ref_logprobs"})
-    rows: ClassVar[RowKind] = "preference"
     beta: Annotated[float, Gt(0)] = 0.1
     """How closely the policy is held to the reference; larger is closer."""
     label_smoothing: Annotated[float, Interval(ge=0, lt=0.5)] = 0.1
     """Share of pairs that are labelled the wrong way round; 0 is DPO."""
 
-    def count(self, block: Block) -> Tensor:
-        return Pairs.count(block)
-
-    def __call__(self, outputs: TokenOutputs, block: Block) -> LossOutput:
+    def compare(self, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
         from torch.nn.functional import logsigmoid
 
-        pairs = Pairs.of(outputs, block)
         chosen, rejected = pairs.ratios(mean=False)
         margin, flipped = self.beta * (chosen - rejected), self.label_smoothing
         loss = (flipped * logsigmoid(-margin) - (1 - flipped) * logsigmoid(margin)) / (1 - 2 * flipped)
-        return pairs.output(loss, self.beta * chosen, self.beta * rejected)
+        return loss, self.beta * chosen, self.beta * rejected

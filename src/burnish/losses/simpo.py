@@ -6,16 +6,13 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt
 
-from burnish.losses.base import Loss
-from burnish.losses.pairs import Pairs
+from burnish.losses.pairs import PairLoss, Pairs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from burnish.types import Block, LossOutput, RowKind, TokenOutputs
 
-
-class SimPO(Loss):
+class SimPO(PairLoss):
     """-log sigmoid(beta log p_c / |c| - beta log p_r / |r| - gamma), with p_c and p_r the probabilities of a pair's
     chosen and rejected answers of |c| and |r| tokens. Counted by pair.
 
@@ -23,19 +20,15 @@ class SimPO(Loss):
     """
 
     type: Literal["simpo"] = "simpo"
-    rows: ClassVar[RowKind] = "preference"
+    asks: ClassVar[frozenset[str]] = frozenset()
     beta: Annotated[float, Gt(0)] = 2.0
     """Scale of the mean log-probability of a token; 2 to 10 is usual."""
     gamma: Annotated[float, Ge(0)] = 0.5
     """By how much beta times the mean log-probabilities shall differ; 0.3 to 1.6 with a beta of 2."""
 
-    def count(self, block: Block) -> Tensor:
-        return Pairs.count(block)
-
-    def __call__(self, outputs: TokenOutputs, block: Block) -> LossOutput:
+    def compare(self, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
         from torch.nn.functional import logsigmoid
 
-        pairs = Pairs.of(outputs, block)
         chosen, rejected = pairs.logps(mean=True)
         loss = -logsigmoid(self.beta * (chosen - rejected) - self.gamma)
-        return pairs.output(loss, self.beta * chosen, self.beta * rejected)
+        return loss, self.beta * chosen, self.beta * rejected

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
@@ -48,60 +47,71 @@ class Sum(Loss):
 
     @model_validator(mode="after")
     def _together(self) -> Self:
-        kinds = sorted({loss.rows for loss in self._losses()} - {"conversation"})
+        kinds = sorted({loss.rows for loss in self.singles()} - {"conversation"})
         if len(kinds) > 1:
             raise ValueError(f"its terms read rows of different kinds, {' and '.join(kinds)}: train them one by one")
-        for loss in self._losses():
+        for loss in self.singles():
             if not loss.trains:
                 raise ValueError(f"{loss.type} measures a model and has no gradient: name it in `evaluate`")
         for name in SINGLE:
-            takers = [loss.type for loss in self._losses() if name in loss.needs]
+            takers = [loss.type for loss in self.singles() if name in loss.needs]
             if len(takers) > 1:
                 raise ValueError(
                     f"{' and '.join(takers)} both need {name}, which is made for one: train them one by one"
                 )
+        for loss in self.singles():
+            for head, form in loss.heads().items():
+                if form != (other := self.heads()[head]):
+                    raise ValueError(
+                        f"{loss.type} reads the head '{head}' as `{form}`, another term as `{other}`: give each a head "
+                        "of its own by `head:`"
+                    )
         return self
+
+    def singles(self) -> list[Loss]:
+        return [term.loss for term in self.terms]
 
     @property
     def needs(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """`logprobs` stands for `weighted_nll`, which the projection makes for one loss only."""
-        needs = frozenset[str]().union(*(loss.needs for loss in self._losses()))
+        needs = frozenset[str]().union(*(loss.needs for loss in self.singles()))
         return needs - {"weighted_nll"} | {"logprobs"} if "weighted_nll" in needs else needs
 
     @property
     def asks(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return frozenset[str]().union(*(loss.asks for loss in self._losses()))
+        return frozenset[str]().union(*(loss.asks for loss in self.singles()))
 
     @property
     def rows(self) -> RowKind:  # pyright: ignore[reportIncompatibleVariableOverride]
-        kinds: list[RowKind] = [loss.rows for loss in self._losses() if loss.rows != "conversation"]
+        kinds: list[RowKind] = [loss.rows for loss in self.singles() if loss.rows != "conversation"]
         return kinds[0] if kinds else "conversation"
 
     @property
     def divergence(self) -> Divergence | None:
-        return next((loss.divergence for loss in self._losses() if loss.divergence is not None), None)
+        return next((loss.divergence for loss in self.singles() if loss.divergence is not None), None)
 
     def heads(self) -> dict[str, Literal["number", "numbers", "classes"]]:
-        return {name: says for loss in self._losses() for name, says in loss.heads().items()}
+        return {name: says for loss in self.singles() for name, says in loss.heads().items()}
 
     def labels(self) -> dict[str, str]:
-        return {column: head for loss in self._losses() for column, head in loss.labels().items()}
+        """Of a column that several heads learn, the last: the recipe is refused where they disagree on its classes."""
+        return {column: head for loss in self.singles() for column, head in loss.labels().items()}
 
     def reads(self, block: Block) -> Tensor:
         import torch
 
-        return torch.stack([loss.reads(block) for loss in self._losses()]).any(0)
+        return torch.stack([loss.reads(block) for loss in self.singles()]).any(0)
 
     def candidates(self, block: Block) -> Tensor:
-        return next(loss.candidates(block) for loss in self._losses() if "candidate_logits" in loss.needs)
+        return next(loss.candidates(block) for loss in self.singles() if "candidate_logits" in loss.needs)
 
     def ranking(self, block: Block) -> Ranking:
-        return next(loss.ranking(block) for loss in self._losses() if "ranks" in loss.needs)
+        return next(loss.ranking(block) for loss in self.singles() if "ranks" in loss.needs)
 
     def count(self, block: Block) -> Tensor:
         import torch
 
-        return torch.cat([loss.count(block).reshape(-1) for loss in self._losses()])
+        return torch.cat([loss.count(block).reshape(-1) for loss in self.singles()])
 
     def __call__(self, outputs: TokenOutputs, block: Block) -> LossOutput:
         import torch
@@ -113,14 +123,11 @@ class Sum(Loss):
             metrics.append(said.metrics)
         return LossOutput(torch.cat(totals), self._named(metrics))
 
-    def _losses(self) -> Iterator[Loss]:
-        return (term.loss for term in self.terms)
-
     def _named(self, metrics: list[dict]) -> dict:
         """All metrics; `loss`, and what several terms name, have the term's type before them: `dpo`, `dpo_2`, `nll`."""
         times = Counter(name for own in metrics for name in own)
         seen, named = Counter(), {}
-        for loss, own in zip(self._losses(), metrics, strict=True):
+        for loss, own in zip(self.singles(), metrics, strict=True):
             kind = loss.type.rpartition(":")[2]
             seen[kind] += 1
             prefix = kind if seen[kind] == 1 else f"{kind}_{seen[kind]}"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from burnish.model.positions import is_rotary
 from burnish.types import Block
 
 if TYPE_CHECKING:
@@ -43,8 +44,7 @@ def packing_leaks(model: PolicyModel, longest: int = _LENGTH) -> str | None:
     was_training = model.training
     model.eval()
     try:
-        rotary = getattr(model.hf_config.get_text_config(), "rope_parameters", None) is not None
-        return _probe(model, max(longest - _LENGTH, 0) if rotary else 0)
+        return _probe(model, max(longest - _LENGTH, 0) if is_rotary(model.hf_config) else 0)
     finally:
         model.train(was_training)
 

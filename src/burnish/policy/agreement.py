@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from burnish.errors import DataError, ModelError
+from burnish.policy.fingerprint import weights_fingerprint
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from transformers import PreTrainedTokenizerBase
 
+    from burnish.losses.base import Loss
     from burnish.model.config import ModelConfig
     from burnish.types import NewTokens
 
@@ -28,6 +31,8 @@ class Student:
     hf_config: Any
     tokenizer: PreTrainedTokenizerBase
     chat_template: str | None
+    max_length: int
+    """Tokens of the longest document."""
     new_tokens: NewTokens | None = None
 
     @property
@@ -67,7 +72,7 @@ def second_config(student: Student, path: str | None, revision: str) -> ModelCon
     return type(own).model_validate(shared | (which if path is None else {"path": path, "revision": revision}))
 
 
-def agree(student: Student, path: str, revision: str, *, top_k: int = 0, same_width: bool = False) -> str:
+def agree(student: Student, path: str, revision: str, *, top_k: int = 0, losses: Sequence[Loss] = ()) -> str:
     """A line about the model at `path` if it speaks the student's tokens.
 
     It does where every token of the student's tokenizer has the same id in its own, and each of the student's ids is
@@ -75,14 +80,15 @@ def agree(student: Student, path: str, revision: str, *, top_k: int = 0, same_wi
 
     Args:
         top_k: how many of its tokens are asked for.
-        same_width: its hidden states are compared with the student's.
+        losses: those that compare hidden states need the student's, or a head's outputs, to be as wide as its own.
 
     Raises:
-        ModelError: it is not there, or does not.
+        ModelError: it is not there, does not, or has too few positions or another width.
     """
     from transformers import AutoTokenizer
 
     from burnish.model.load import load_config, locate
+    from burnish.model.positions import require_positions
 
     config = second_config(student, path, revision)
     hf_config = load_config(config)
@@ -95,6 +101,7 @@ def agree(student: Student, path: str, revision: str, *, top_k: int = 0, same_wi
             cure="put its tokenizer files beside its weights",
         ) from error
     _require_same_tokens(student.tokenizer, tokenizer, path)
+    require_positions(config, hf_config, student.max_length)
     text = hf_config.get_text_config()
     if text.vocab_size < student.vocab_size:
         raise ModelError(
@@ -102,18 +109,34 @@ def agree(student: Student, path: str, revision: str, *, top_k: int = 0, same_wi
             where=path,
             cure="name a model with at least as many embedding rows as the student's",
         )
-    width = student.hf_config.get_text_config().hidden_size
-    if same_width and text.hidden_size != width:
-        raise ModelError(
-            f"its hidden states have {text.hidden_size} entries, the student's {width}",
-            where=path,
-            cure=f"add a head of {text.hidden_size} outputs to the model, and name it with the loss's `head:`",
-        )
+    singles = [single for loss in losses for single in loss.singles()]
+    for single in singles:
+        if "teacher_hidden" in single.asks:
+            _require_width(student, single, text.hidden_size, path)
     if top_k > student.vocab_size:
         raise ModelError(f"top_k of {top_k:,} is more than the {student.vocab_size:,} ids there are", path, "lower it")
     beyond = text.vocab_size - student.vocab_size
     left_out = f"; its {beyond:,} ids beyond the student's are left out of its distribution" if beyond else ""
     return f"{path}: {hf_config.model_type}, the same {len(student.tokenizer):,} tokens{left_out}"
+
+
+def _require_width(student: Student, loss: Loss, width: int, path: str) -> None:
+    """Raises ModelError where what `loss` sets against hidden states of `width` entries has another number of them."""
+    own, parts = student.hf_config.get_text_config().hidden_size, student.config.head.parts()
+    if not loss.heads() and own != width:
+        raise ModelError(
+            f"its hidden states have {width} entries, the student's {own}",
+            where=path,
+            cure=f"add a head of {width} outputs to the model, and name it with the loss's `head:`",
+        )
+    for name in loss.heads():
+        outputs = parts[name].num_outputs(student.hf_config)
+        if outputs != width:
+            raise ModelError(
+                f"the head `{name}` has {outputs} outputs, and the hidden states of {path} have {width} entries",
+                where="model.head",
+                cure=f"set its size to {width}",
+            )
 
 
 def _require_same_tokens(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, path: str) -> None:
@@ -134,10 +157,7 @@ def _require_same_tokens(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokeni
 
 def teacher_facts(student: Student, path: str, revision: str, top_k: int) -> dict[str, Any]:
     """JSON: what a teacher's cache is of."""
-    from burnish.model.load import load_config
-
-    config = load_config(second_config(student, path, revision)).to_json_string(use_diff=False)
-    described = {"path": path, "revision": revision, "config": hashlib.sha256(config.encode()).hexdigest()}
+    described = {"path": path, "revision": revision, "weights": weights_fingerprint(path)}
     return {**student.facts(), "top_k": top_k, "teacher": described}
 
 
@@ -154,7 +174,7 @@ def agree_cache(student: Student, folder: Path, top_k: int, path: str | None, re
 
     Raises:
         DataError: it is not there, corrupt, or was written for another tokenizer, template, vocabulary, `top_k` or
-            teacher.
+            teacher, or for other weights of that teacher.
     """
     from burnish.policy.answers import read_manifest
 
@@ -170,6 +190,8 @@ def agree_cache(student: Student, folder: Path, top_k: int, path: str | None, re
         wrong.append(f"another teacher ({teacher['path']}, not {path})")
     elif path is not None and teacher["revision"] != revision:
         wrong.append(f"another revision of the teacher ({teacher['revision']}, not {revision})")
+    elif path is not None and weights_fingerprint(path) not in (None, teacher["weights"]):
+        wrong.append(f"other weights than {path} holds now")
     if wrong:
         raise DataError(f"the cache was written for {' and '.join(wrong)}", str(folder), cure)
     return f"{folder}: the {top_k} likeliest tokens of {teacher['path']} for {facts['num_documents']:,} documents"

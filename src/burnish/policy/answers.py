@@ -1,4 +1,5 @@
-"""What a second model said about every document of the data, once, kept on the disk and read back.
+"""What a second model said about every document of the data, once, kept on the disk: how it lies there, and how it is
+read back. `answer_writer.py` writes it, `asking.py` asks.
 
     reference/                       or a teacher's cache
       answers-00000.safetensors      keys U8 [n, 16], ends I64 [n], and the columns of all trained tokens end to end:
@@ -16,11 +17,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import time
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,33 +28,24 @@ import torch
 from torch import Tensor
 
 from burnish.errors import DataError
-from burnish.losses.base import Loss
-from burnish.policy.checkpoint.manifest import (
-    MANIFEST,
-    Corrupt,
-    decode_header,
-    decode_manifest,
-    encode_header,
-    encode_manifest,
-    tensor_bytes,
-)
-from burnish.policy.checkpoint.storage import Storage
-from burnish.policy.policy import in_chunks
+from burnish.policy.checkpoint.manifest import MANIFEST, Corrupt, decode_header, decode_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Set
 
-    from burnish.policy.second import Second, Surroundings
+    from burnish.losses.base import Loss
     from burnish.types import Block, Group
 
 FORMAT = 1
 KEY_BYTES = 16
-FILE_BYTES = 256 * 2**20
-"""Size of a file, about: so much is in memory before it is written."""
-PROGRESS_SECONDS = 15.0
 STORED = {"teacher_topk_ids": torch.int32}
 """Columns whose type on the disk is not that in memory."""
 LOADED = {"ref_logprobs": torch.float32, "teacher_topk_ids": torch.int64, "teacher_topk_logprobs": torch.float32}
+
+
+def file_name(number: int) -> str:
+    """Of one of a folder's files."""
+    return f"answers-{number:05}.safetensors"
 
 
 class Document(NamedTuple):
@@ -191,7 +180,7 @@ class Answers:
 
 
 def read_manifest(folder: Path, cure: str) -> dict[str, Any]:
-    """What `answer_all` wrote about its files.
+    """What the writer said about the files of a folder.
 
     Raises:
         DataError: there is none, it is corrupt, or of another format.
@@ -227,140 +216,3 @@ def _read_file(path: Path, written: Mapping[str, int], cure: str) -> dict[str, T
         raw = torch.from_numpy(data[begin : begin + num_bytes])
         tensors[name] = raw.view(dtype).reshape(described[name]["shape"])
     return tensors
-
-
-def _file_name(number: int) -> str:
-    return f"answers-{number:05}.safetensors"
-
-
-class _Asking(Loss):
-    """What a second model is asked when no loss is there to ask."""
-
-    type: str = "asking"
-    columns: frozenset[str]
-
-    @property
-    def asks(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.columns
-
-
-def answer_all(
-    second: Second,
-    around: Surroundings,
-    columns: Set[str],
-    folder: Path,
-    of: Mapping[str, Any],
-    *,
-    file_bytes: int = FILE_BYTES,
-) -> str:
-    """Asks `second` for `columns` of every document that `around` has, and writes `folder`, which it replaces when all
-    is there: a pass that was cut short leaves nothing behind that would be read. A line about what was written.
-
-    Every rank asks for all rows, because a sharded model needs all of them; rank 0 writes.
-
-    Args:
-        of: JSON: who is asked about what; `Answers.are_of` compares it.
-        file_bytes: a file is finished once it holds as much.
-
-    Raises:
-        DataError: a row of the data is refused; the folder holds something else, or cannot be written.
-    """
-    started, num_documents = time.monotonic(), 0
-    writer = _Writer(folder, file_bytes) if around.mesh.rank == 0 else None
-    for document, values in _asked(second, around, columns):
-        num_documents += 1
-        if writer is not None:
-            writer.add(document.key, values)
-    if not num_documents:
-        raise DataError("there is no trained token to ask about", str(folder), "`burnish data` shows the rows")
-    if writer is not None:
-        writer.commit({"format": FORMAT, "of": of, "num_documents": num_documents})
-    around.mesh.barrier()
-    return f"{num_documents:,} documents in {folder}, {time.monotonic() - started:.1f} s"
-
-
-def _asked(second: Second, around: Surroundings, columns: Set[str]) -> Iterator[tuple[Document, dict[str, Tensor]]]:
-    """Every document that `around` has, once, with its columns at its trained tokens."""
-    seen: set[bytes] = set()
-    loss = _Asking(columns=frozenset(columns))
-    told = time.monotonic()
-    for rows in in_chunks(around.blocks(), around.micro_batch_size):
-        for block in second.annotate(rows, loss):
-            for document in documents_of(block):
-                if document.key in seen:
-                    continue
-                seen.add(document.key)
-                at = torch.from_numpy(document.trained).to(block.token_ids.device)
-                yield document, {name: block.columns[name][at].cpu() for name in sorted(columns)}
-        if time.monotonic() - told > PROGRESS_SECONDS:
-            told = time.monotonic()
-            around.say(f"{len(seen):,} documents so far")
-
-
-class _Writer:
-    """Files in a folder of another name, which becomes `folder` at the end."""
-
-    def __init__(self, folder: Path, file_bytes: int) -> None:
-        # A checkpoint has a manifest, too.
-        if folder.exists() and not ((folder / MANIFEST).exists() and (folder / _file_name(0)).exists()):
-            reason = "the folder exists and holds something else"
-            raise DataError(reason, str(folder), "name another folder, or remove this one")
-        self.folder, self.partial = folder, folder.with_name(f"{folder.name}.partial")
-        self._file_bytes = file_bytes
-        self._storage, self._files = Storage(), {}
-        with self._written():
-            if self.partial.exists():
-                shutil.rmtree(self.partial)  # a pass that was cut short
-            self.partial.mkdir(parents=True)
-        self._columns: dict[str, list[int]] = {}
-        self._keys: list[bytes] = []
-        self._values: dict[str, list[Tensor]] = {}
-        self._bytes = 0
-
-    def add(self, key: bytes, values: Mapping[str, Tensor]) -> None:
-        """One document's answers at its trained tokens."""
-        self._columns = {name: list(value.shape[1:]) for name, value in values.items()}
-        self._keys.append(key)
-        for name, value in values.items():
-            kept = value.to(STORED.get(name, value.dtype))
-            self._values.setdefault(name, []).append(kept)
-            self._bytes += kept.nbytes
-        if self._bytes >= self._file_bytes:
-            with self._written():
-                self._write()
-
-    def commit(self, facts: dict[str, Any]) -> None:
-        """Makes all of it durable, then gives it its name."""
-        with self._written():
-            if self._keys:
-                self._write()
-            manifest = encode_manifest(facts | {"columns": self._columns, "files": self._files})
-            self._storage.write(self.partial / MANIFEST, [manifest])
-            self._storage.sync_directory(self.partial)
-            if self.folder.exists():
-                shutil.rmtree(self.folder)
-            self._storage.rename(self.partial, self.folder)
-            self._storage.sync_directory(self.folder.parent)
-
-    @contextmanager
-    def _written(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            reason = f"cannot be written: {error.strerror}"
-            raise DataError(reason, error.filename or str(self.folder), "free some space, or name another") from error
-
-    def _write(self) -> None:
-        first = next(iter(self._values.values()))
-        tensors = {name: torch.cat(values) for name, values in self._values.items()}
-        tensors["keys"] = torch.frombuffer(bytearray(b"".join(self._keys)), dtype=torch.uint8).reshape(-1, KEY_BYTES)
-        tensors["ends"] = torch.tensor([len(value) for value in first]).cumsum(0)
-        header, order = encode_header(tensors)
-        name = _file_name(len(self._files))
-        chunks = [header, *(tensor_bytes(tensors[tensor]) for tensor in order)]
-        checksum = 0
-        for chunk in chunks:
-            checksum = zlib.crc32(chunk, checksum)
-        self._storage.write(self.partial / name, chunks)
-        self._files[name] = {"size": sum(memoryview(chunk).nbytes for chunk in chunks), "crc32": checksum}
-        self._keys, self._values, self._bytes = [], {}, 0

@@ -18,7 +18,7 @@ from burnish.model.head_chunks import Head
 from burnish.model.parallel import whole
 from burnish.model.project import previous_token
 from burnish.policy.policy import in_chunks
-from burnish.policy.second import TOP_K
+from burnish.policy.second import COLUMNS, TOP_K
 from burnish.policy.throughput import ForwardCost
 from burnish.types import Block, collate
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from burnish.model.config import Adapter, ModelConfig
     from burnish.model.policy_model import PolicyModel
     from burnish.policy.second import Surroundings
+    from burnish.types import Group
 
 
 def load_frozen(config: ModelConfig, around: Surroundings) -> PolicyModel:
@@ -66,9 +67,12 @@ class Frozen:
             self._cost = ForwardCost(model)
         self.obstacle = self._cost.obstacle
 
+    def require(self, group: Group) -> None:
+        """It can be asked about anything."""
+
     def annotate(self, blocks: list[Block], loss: Loss) -> list[Block]:
         """`blocks` with the columns that `loss` asks, at their trained tokens; 0 elsewhere."""
-        asks = loss.asks - {"kto_kl"}
+        asks = loss.asks & COLUMNS
         if not asks:
             return blocks
         with self._asked():
@@ -88,7 +92,7 @@ class Frozen:
     def flops(self, blocks: list[Block], loss: Loss) -> float:
         """Of what both of these run on a step's blocks: the head once for each trained token that columns are asked of,
         and twice, forward and backward, for a divergence."""
-        passes = bool(loss.asks - {"kto_kl"}) + (loss.divergence is not None)
+        passes = bool(loss.asks & COLUMNS) + (loss.divergence is not None)
         products = ("teacher_topk_ids" in loss.asks) + ("ref_logprobs" in loss.asks) + 2 * (loss.divergence is not None)
         return self._cost.flops(blocks, passes, products)
 

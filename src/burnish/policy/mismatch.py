@@ -1,18 +1,77 @@
-"""KTO's reference point: how far the policy is from the reference on completions that answer other prompts.
+"""KTO's reference point, the column `kto_kl`: how far the policy is from the reference on completions that answer other
+prompts.
 
 Ethayarajh et al., arXiv:2402.01306, section 4.1: the KL divergence of the policy from the reference is estimated by the
 mean log-ratio of mismatched pairs, prompt i with completion i - 1 of the same step, and clamped at 0; no gradient
-flows. It must not know losses.
+flows. It must not know which loss asks.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from burnish.policy.policy import logprobs
 from burnish.types import Block
+
+if TYPE_CHECKING:
+    from burnish.losses.base import Loss
+    from burnish.mesh import Mesh
+    from burnish.model.divergence import Reference as Distribution
+    from burnish.model.policy_model import PolicyModel
+    from burnish.policy.frozen import Frozen
+    from burnish.types import Group
+
+
+class WithMismatched:
+    """A reference that also says `kto_kl` [D] of a step's blocks, the same number for all documents, at least 0. See
+    `second.Second`; all else `inner` says.
+
+    Args:
+        model: the policy's own, as it is at each step.
+    """
+
+    def __init__(self, inner: Frozen, model: PolicyModel, mesh: Mesh, micro_batch_size: int) -> None:
+        self.inner, self._model, self._mesh, self._micro_batch_size = inner, model, mesh, micro_batch_size
+        configs = [either.hf_config.get_text_config() for either in (model, inner.model)]
+        positions = [getattr(config, "max_position_embeddings", None) for config in configs]
+        self._max_positions = min((most for most in positions if most is not None), default=None)
+        self.obstacle = inner.obstacle
+
+    def require(self, group: Group) -> None:
+        self.inner.require(group)
+
+    def annotate(self, blocks: list[Block], loss: Loss) -> list[Block]:
+        blocks = self.inner.annotate(blocks, loss)
+        if "kto_kl" not in loss.asks:
+            return blocks
+        kl = self._kl(blocks, loss)
+        used = [block.documents[:, 1] > block.documents[:, 0] for block in blocks]
+        return [
+            replace(block, columns=block.columns | {"kto_kl": torch.where(used_D, kl, 0.0)})
+            for block, used_D in zip(blocks, used, strict=True)
+        ]
+
+    def reference(self, block: Block, loss: Loss) -> Distribution | None:
+        return self.inner.reference(block, loss)
+
+    def flops(self, blocks: list[Block], loss: Loss) -> float:
+        return self.inner.flops(blocks, loss)
+
+    def _kl(self, blocks: list[Block], loss: Loss) -> float:
+        """Mean log-ratio of policy and reference over the mismatched pairs of all ranks, at least 0."""
+        pairs = mismatched(blocks, self._max_positions)
+        counts = [0.0] * self._mesh.world_size
+        counts[self._mesh.rank] = float(len(pairs))
+        most = int(max(self._mesh.sum_scalars(counts)))
+        pairs += [empty_like(blocks[0])] * (most - len(pairs))  # forward passes of a sharded model are in step
+        pairs = self.inner.annotate(pairs, loss)
+        of_policy = logprobs(self._model, self._mesh, pairs, self._micro_batch_size, trained_only=True)
+        total, count = self._mesh.sum_scalars([*map(float, log_ratio(pairs, of_policy))])
+        return max(0.0, total / (count or 1.0))
 
 
 class _Answer(NamedTuple):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +22,6 @@ from torch.distributed.tensor import DTensor
 
 from burnish.errors import ResumeError
 from burnish.model.project import previous_token
-from burnish.policy.mismatch import empty_like, log_ratio, mismatched
 from burnish.types import Block, LossOutput, Metric, collate
 
 if TYPE_CHECKING:
@@ -118,7 +117,7 @@ class Policy:
         """Metrics of `loss` over `blocks`, which may be a generator, and over all ranks; moves nothing.
 
         Args:
-            at_once: rows that stand for a step where the loss asks of a whole one, as KTO does; None: a micro-batch.
+            at_once: rows that stand for a step, where a second model says something of all of one; None: a micro-batch.
         """
         self.model.eval()
         totals = Totals()
@@ -128,22 +127,9 @@ class Policy:
                 totals.add(self._forward(batch, loss), loss.count(batch))
         return totals.over_ranks(self.mesh)[0]
 
-    @torch.no_grad()
-    def logprobs(self, blocks: list[Block], *, trained_only: bool = False) -> list[Tensor]:
-        """float32 [T] for each block, where that block is: log p of every token that something predicts, else 0.
-
-        Args:
-            trained_only: of trained tokens only, and 0 at the others too.
-        """
-        self.model.eval()
-        result: list[Tensor] = []
-        for rows in in_chunks(blocks, self.micro_batch_size):
-            batch = collate(rows).to(self.mesh.device)
-            reads = batch.loss_mask if trained_only else previous_token(batch) >= 0
-            outputs = self.model(batch, needs=frozenset({"logprobs"}), reads=reads)
-            parts = outputs.logprobs.split([row.num_tokens for row in rows])
-            result += [part.to(row.token_ids.device) for part, row in zip(parts, rows, strict=True)]
-        return result
+    def logprobs(self, blocks: list[Block]) -> list[Tensor]:
+        """float32 [T] for each block, where that block is: log p of every token that something predicts, else 0."""
+        return logprobs(self.model, self.mesh, blocks, self.micro_batch_size)
 
     @torch.no_grad()
     def embeddings(self, blocks: list[Block], *, training: bool = False) -> list[Tensor]:
@@ -223,28 +209,7 @@ class Policy:
         if not loss.asks:
             return blocks
         assert self.second is not None, f"{loss.type} asks {sorted(loss.asks)} of a second model, and there is none"
-        blocks = self.second.annotate(blocks, loss)
-        if "kto_kl" not in loss.asks:
-            return blocks
-        kl = self._mismatched_kl(blocks, loss)
-        used = [block.documents[:, 1] > block.documents[:, 0] for block in blocks]
-        return [
-            replace(block, columns=block.columns | {"kto_kl": torch.where(used_D, kl, 0.0)})
-            for block, used_D in zip(blocks, used, strict=True)
-        ]
-
-    def _mismatched_kl(self, blocks: list[Block], loss: Loss) -> float:
-        """Mean log-ratio of policy and reference over the mismatched pairs of all ranks, at least 0; see `mismatch`."""
-        assert self.second is not None
-        config = self.model.hf_config.get_text_config()
-        pairs = mismatched(blocks, getattr(config, "max_position_embeddings", None))
-        counts = [0.0] * self.mesh.world_size
-        counts[self.mesh.rank] = float(len(pairs))
-        most = int(max(self.mesh.sum_scalars(counts)))
-        pairs += [empty_like(blocks[0])] * (most - len(pairs))  # forward passes of a sharded model are in step
-        pairs = self.second.annotate(pairs, loss)
-        total, count = self.mesh.sum_scalars([*map(float, log_ratio(pairs, self.logprobs(pairs, trained_only=True)))])
-        return max(0.0, total / (count or 1.0))
+        return self.second.annotate(blocks, loss)
 
     def _forward(self, batch: Block, loss: Loss) -> LossOutput:
         batch = batch.to(self.mesh.device)
@@ -262,6 +227,27 @@ class Policy:
 
     def _names(self) -> dict[torch.nn.Parameter, str]:
         return {parameter: name for name, parameter in self.model.trainable_parameters()}
+
+
+@torch.no_grad()
+def logprobs(
+    model: PolicyModel, mesh: Mesh, blocks: list[Block], micro_batch_size: int, *, trained_only: bool = False
+) -> list[Tensor]:
+    """float32 [T] for each block, where that block is: log p of every token that something predicts, else 0. Leaves the
+    model in evaluation.
+
+    Args:
+        trained_only: of trained tokens only, and 0 at the others too.
+    """
+    model.eval()
+    result: list[Tensor] = []
+    for rows in in_chunks(blocks, micro_batch_size):
+        batch = collate(rows).to(mesh.device)
+        reads = batch.loss_mask if trained_only else previous_token(batch) >= 0
+        outputs = model(batch, needs=frozenset({"logprobs"}), reads=reads)
+        parts = outputs.logprobs.split([row.num_tokens for row in rows])
+        result += [part.to(row.token_ids.device) for part, row in zip(parts, rows, strict=True)]
+    return result
 
 
 class Totals:

@@ -1,8 +1,8 @@
 """The second model of an objective: a reference that preferences are measured against, or a teacher.
 
 It never trains. What a loss asks of it (`Loss.asks`) it writes into columns of the step's blocks, before the step. Here
-are the recipe's blocks; `frozen.py` is the model that answers, `answers.py` what one said once, kept on the disk, and
-`agreement.py` whether it speaks the policy's tokens.
+are the recipe's blocks; `frozen.py` is the model that answers, `answers.py` what one said once, kept on the disk,
+`asking.py` the pass in which it said that, and `agreement.py` whether it speaks the policy's tokens.
 """
 
 from __future__ import annotations
@@ -28,22 +28,25 @@ if TYPE_CHECKING:
     from burnish.policy.agreement import Student
     from burnish.policy.answers import Answers
     from burnish.policy.frozen import Frozen
-    from burnish.types import Block
+    from burnish.types import Block, Group
 
 TOP_K = frozenset({"teacher_topk_ids", "teacher_topk_logprobs"})
 """The columns that a teacher's cache holds."""
+COLUMNS = TOP_K | {"ref_logprobs", "teacher_hidden"}
+"""The columns that a frozen model writes."""
 
 
 class Second(Protocol):
     """A frozen model, or what it once said."""
 
-    def annotate(self, blocks: list[Block], loss: Loss) -> list[Block]:
-        """`blocks` with the columns that `loss.asks` of a second model (all but `kto_kl`, which takes the policy too),
-        where the blocks are. Pure: a block's columns depend on it alone.
+    def require(self, group: Group) -> None:
+        """Raises DataError where nothing can be said about one of a group's documents; asked of every row of the run
+        when it is rendered, so that `annotate` never fails."""
+        ...
 
-        Raises:
-            DataError: these documents are not in the cache.
-        """
+    def annotate(self, blocks: list[Block], loss: Loss) -> list[Block]:
+        """A step's `blocks` with those of the columns that `loss.asks` which this second model writes, on the blocks'
+        own device. Every rank calls it with as many blocks, empty ones included."""
         ...
 
     def reference(self, block: Block, loss: Loss) -> Distribution | None:
@@ -156,17 +159,21 @@ class Reference(SecondModel):
         return None if self.precompute else self._other(student)
 
     def open(self, model: PolicyModel, around: Surroundings) -> Second:
-        from burnish.policy.answers import Answers, answer_all
+        from burnish.policy.answers import Answers
+        from burnish.policy.asking import answer_all
         from burnish.policy.frozen import Frozen, load_frozen
+        from burnish.policy.mismatch import WithMismatched
+
+        mesh, rows = around.mesh, around.micro_batch_size
 
         def ask() -> Frozen:
             other = self._other(around.student)
             if other is None:
-                return Frozen(model, around.mesh, around.micro_batch_size, adapter=model.adapter)
-            return Frozen(load_frozen(other, around), around.mesh, around.micro_batch_size)
+                return Frozen(model, mesh, rows, adapter=model.adapter)
+            return Frozen(load_frozen(other, around), mesh, rows)
 
         if not self.precompute:
-            return ask()
+            return WithMismatched(ask(), model, mesh, rows)
         folder, of = around.run_dir / "reference", around.student.facts() | self.model_dump(mode="json")
         # Before its first checkpoint nothing holds a run to its data and model: what it asked then is asked again.
         if not (around.resumed and Answers.are_of(folder, of)):
@@ -211,8 +218,7 @@ class Teacher(SecondModel):
         if self.cache is not None:
             return agree_cache(student, Path(self.cache), self.top_k, self.path, self.revision)
         assert self.path is not None
-        same_width = any("teacher_hidden" in loss.asks and "hidden_states" in loss.needs for loss in losses)
-        return agree(student, self.path, self.revision, top_k=self.top_k, same_width=same_width)
+        return agree(student, self.path, self.revision, top_k=self.top_k, losses=losses)
 
     def open(self, model: PolicyModel, around: Surroundings) -> Second:
         return self.kept() or self._ask(around)
@@ -236,7 +242,7 @@ class Teacher(SecondModel):
             ModelError: no `path` or no `cache`, or the teacher cannot be loaded.
         """
         from burnish.policy.agreement import agree, teacher_facts
-        from burnish.policy.answers import answer_all
+        from burnish.policy.asking import answer_all
 
         if self.path is None or self.cache is None:
             raise ModelError(

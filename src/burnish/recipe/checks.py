@@ -176,7 +176,7 @@ def whole_steps(recipe: Recipe) -> Iterator[Misfit]:
 def _single_losses(recipe: Recipe) -> list[Loss]:
     """The losses of the workflow, the terms of a sum one by one: what they say of one head or column may differ."""
     losses = recipe.workflow.losses()
-    return [single for loss in losses for single in [term.loss for term in getattr(loss, "terms", ())] or [loss]]
+    return [single for loss in losses for single in loss.singles()]
 
 
 _EXAMPLES = {

@@ -15,6 +15,7 @@ from threading import Thread
 from typing import Any
 
 from burnish.errors import ModelError, RunFailed
+from burnish.model.adapters.lora import without_known_warnings
 from burnish.model.config import ModelConfig
 from burnish.model.load import locate
 
@@ -74,7 +75,8 @@ def load_chat(path: str) -> tuple[Any, Any]:
     refuse_silent(Path(folder))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        with without_known_warnings():
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(reason, where=path, cure="give a model folder, a run or a hub id") from error

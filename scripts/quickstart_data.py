@@ -57,7 +57,7 @@ def prepare_all(folder: Path) -> dict[str, int]:
     for kind, rows in kinds(list(documented(Path(sysconfig.get_paths()["stdlib"])))).items():
         with (folder / f"{kind}.jsonl").open("w") as train, (folder / f"{kind}_eval.jsonl").open("w") as held_out:
             for index, row in enumerate(rows):
-                (held_out if index % 50 == 7 else train).write(json.dumps(row) + "\n")
+                (held_out if index // 2 % 25 == 3 else train).write(json.dumps(row) + "\n")
         counts[kind] = len(rows)
     return counts
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from burnish.errors import ModelError
 from burnish.rewards.model import Model
 from tests import tiny_run
 from tests.e2e_helpers import Lab, column
@@ -195,6 +196,11 @@ def test_a_classifier_exports_the_names_of_its_classes(lab: Lab) -> None:
     config = json.loads((run / "model" / "config.json").read_text())
     assert config["id2label"] == {"0": "blue", "1": "red"}
     assert config["problem_type"] == "single_label_classification"
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    ids = tokenizer("red cat").input_ids  # as training had it: the score is read at the token that ends a text
+    assert ids[-1] == tokenizer.eos_token_id and ids.count(tokenizer.eos_token_id) == 1
 
 
 def test_steps_of_solutions_are_graded(lab: Lab) -> None:
@@ -214,6 +220,8 @@ def test_steps_of_solutions_are_graded(lab: Lab) -> None:
         num_steps=24,
     )
     assert sum(column(run, "accuracy")[-4:]) / 4 > 0.9
+    with pytest.raises(ModelError, match="grades steps"):
+        Model(path=str(run)).open()
 
 
 def test_check_counts_the_head_and_names_a_family_that_cannot_be_exported(lab: Lab) -> None:

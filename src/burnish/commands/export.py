@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> int:
     """Exports the newest intact checkpoint of a run, reads it back and says how far its logits are."""
     import torch
 
-    from burnish.launch.local import open_texts
+    from burnish.launch.local import mark_steps, open_texts
     from burnish.launch.run_folder import require_tokens
     from burnish.launch.second import student_of
     from burnish.mesh import open_mesh
@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
         model = load_model(config, mesh, seed=recipe.seed, new_tokens=new_tokens)
         for name, parameter in model.trainable_parameters():
             local(parameter).copy_(loaded.tensors["model"][name])
+        mark_steps(recipe, model)
         report = export(
             model,
             tokenizer,

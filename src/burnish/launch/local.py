@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from burnish.launch.run_folder import RunFolder
     from burnish.launch.signals import StopSignals
     from burnish.mesh import Mesh
+    from burnish.model.policy_model import PolicyModel
     from burnish.policy.agreement import Student
     from burnish.policy.policy import Policy
     from burnish.policy.second import Surroundings
@@ -234,6 +235,7 @@ def export_run(recipe: Recipe, policy: Policy, tokenizer: Any, chat_template: st
     """Writes the run's `model/`, the adapter where one was trained, else the whole model; returns a line about it."""
     from burnish.model.export import export
 
+    mark_steps(recipe, policy.model)
     exported = export(
         policy.model,
         tokenizer,
@@ -244,6 +246,13 @@ def export_run(recipe: Recipe, policy: Policy, tokenizer: Any, chat_template: st
         chat_template=chat_template,
     )
     return f"exported to {to}, {exported}"
+
+
+def mark_steps(recipe: Recipe, model: PolicyModel) -> None:
+    """Has the export's config.json say `grades_steps` where the head was trained at the ends of steps and nowhere else:
+    as a reward it would be read at the end of the answer."""
+    if recipe.row_format().kind == "stepwise":
+        model.hf_config.grades_steps = True
 
 
 class FolderJournal:

@@ -148,6 +148,8 @@ def _export_classifier(
 ) -> Exported:
     """A sequence classifier's folder, or an adapter's whose `config.json` says what to build the classifier from."""
     ends: set[Any] = {tokenizer.eos_token_id, end_of_turn_id(tokenizer, chat_template)}  # pyright: ignore[reportUnhashable]
+    if tokenizer.eos_token_id is not None:  # a text ends with it in training, and the score is read there
+        tokenizer = ending_tokenizer(tokenizer)
     tokenizer = padded_tokenizer(tokenizer, ends)
     config, located = classifier_config(model, tokenizer.pad_token_id), None  # pyright: ignore[reportArgumentType]
     if base is None:

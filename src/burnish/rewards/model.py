@@ -47,6 +47,12 @@ class Model(Reward):
                 where=self.path,
                 cure="train it with `model.head: {type: scalar}`",
             )
+        if getattr(classifier.config, "grades_steps", False):
+            raise ModelError(
+                "it grades steps, and was never trained at the end of an answer, where a reward is read",
+                where=self.path,
+                cure="train on whole answers: `workflow: {type: reward, loss: {type: bradley_terry}}`",
+            )
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         return ModelReward(self, classifier.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)
 
@@ -56,8 +62,12 @@ class ModelReward:
 
     def __init__(self, config: Model, classifier: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         self.config, self.classifier, self.tokenizer = config, classifier, tokenizer
-        start: Any = tokenizer("").input_ids[:1]
-        self._bos = start if start == [tokenizer.bos_token_id] else []
+        # "" is [bos, eos], [eos], [bos] or []: our exports end a text, other classifiers' tokenizers mostly do not.
+        empty: Any = tokenizer("").input_ids
+        is_begun = empty[:1] == [tokenizer.bos_token_id] and (
+            len(empty) > 1 or tokenizer.bos_token_id != tokenizer.eos_token_id
+        )
+        self._bos = empty[:1] if is_begun else []
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Sequence[Any]) -> list[float]:
         """One reward for each completion; `tools` and `chat_template_kwargs` are read of the columns."""

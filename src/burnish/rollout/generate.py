@@ -47,7 +47,7 @@ def refuse_silent(folder: Path) -> None:
         raise ModelError(
             f"this model ({kind}) scores answers and writes none",
             where=str(folder),
-            cure="ask a language model; a reward model is used by `reward: {type: model, path: ...}`",
+            cure="ask a language model; a reward model is asked from Python, see docs/reward.md",
         )
     if (folder / "modules.json").exists():  # sentence-transformers' mark
         raise ModelError(

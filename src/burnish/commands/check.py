@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     elif refused:
         print(f"\n{refused} thing{'s' * (refused > 1)} to fix before this recipe can run", file=sys.stderr)
     else:
-        print(f"\nready: burnish train {' '.join(map(str, [args.recipe, *args.overrides]))}")
+        print(f"\nready: burnish train {shlex.join(map(str, [args.recipe, *args.overrides]))}")
     return 2 if refused else 0
 
 

@@ -271,7 +271,10 @@ class FolderJournal:
     def event(self, kind: str, **facts: Any) -> None:
         """Something that is not a metric; a person sees it unless all went as planned."""
         self.folder.event(kind, **facts)
-        if kind != "checkpoint_saved":
+        if kind == "refused":  # the reason and its cure are the last thing that the command says
+            still = "the data must keep their number of rows: mend a bad one in place"
+            self.console.note(f"refused after step {facts['step']}, {facts['checkpoint']} is saved; {still}")
+        elif kind != "checkpoint_saved":
             self.console.note(f"{kind}: " + ", ".join(f"{name}={value}" for name, value in facts.items()))
 
     def ledger(self, totals: Mapping[str, Any]) -> None:

@@ -13,24 +13,11 @@ from burnish.errors import ModelError
 from burnish.losses.hidden_kd import HiddenKD
 from burnish.losses.kd import KD
 from burnish.losses.topk_kd import SMALLEST_TAIL, TopKKD
-from burnish.types import Block, Divergence, LossOutput, TokenOutputs
+from burnish.types import Divergence, LossOutput, TokenOutputs
 from burnish.workflows.distill import Distill
+from tests.loss_helpers import two_documents
 
 LN2 = math.log(2)
-
-
-def _block(**columns: torch.Tensor) -> Block:
-    """Documents of 3 and 2 tokens with 2 and 1 trained, then one slot of padding."""
-    return Block(
-        token_ids=torch.tensor([5, 6, 7, 8, 9, 0]),
-        loss_mask=torch.tensor([False, True, True, False, True, False]),
-        position_ids=torch.tensor([0, 1, 2, 0, 1, 0]),
-        document_ids=torch.tensor([0, 0, 0, 1, 1, -1]),
-        documents=torch.tensor([[0, 3, 0, 0], [3, 5, 0, 0], [0, 0, 0, 0]], dtype=torch.int32),
-        group_ids=torch.tensor([0, 1, -1]),
-        columns=columns,
-        sample_ids=("a", "b"),
-    )
 
 
 def _metric(output: LossOutput, name: str) -> tuple[float, float]:
@@ -41,12 +28,12 @@ def _metric(output: LossOutput, name: str) -> tuple[float, float]:
 def test_kd_sums_trained_tokens_times_weight_and_temperature_squared() -> None:
     # Outputs at untrained tokens, which another loss of a sum reads, are not counted: 9s.
     full_kl = torch.tensor([9.0, 1.0, 2.0, 9.0, 0.5, 9.0])
-    plain = KD()(TokenOutputs(full_kl=full_kl), _block())
+    plain = KD()(TokenOutputs(full_kl=full_kl), two_documents())
     assert (float(plain.total), *_metric(plain, "loss")) == (3.5, 3.5, 3)  # 1 + 2 + 0.5
-    weighted = KD(temperature=2.0)(TokenOutputs(full_kl=full_kl), _block(weight=torch.tensor([0.5, 4.0, 0.0])))
+    weighted = KD(temperature=2.0)(TokenOutputs(full_kl=full_kl), two_documents(weight=torch.tensor([0.5, 4.0, 0.0])))
     assert float(weighted.total) == 14.0  # 4 * (0.5 * 3 + 4 * 0.5)
     assert _metric(weighted, "divergence") == (3.5, 3)  # without the 4
-    assert int(KD().count(_block())) == 3
+    assert int(KD().count(two_documents())) == 3
 
 
 def test_kd_says_which_divergence_it_needs() -> None:
@@ -58,7 +45,7 @@ def test_kd_says_which_divergence_it_needs() -> None:
 
 def _topk(student: list[list[float]], teacher: list[list[float]], loss: TopKKD) -> LossOutput:
     """One document of three tokens, the last two trained; probabilities of two of the teacher's tokens at each."""
-    block = _block(teacher_topk_logprobs=torch.tensor([[0.0, 0.0], *teacher] + [[0.0, 0.0]] * 3).log())
+    block = two_documents(teacher_topk_logprobs=torch.tensor([[0.0, 0.0], *teacher] + [[0.0, 0.0]] * 3).log())
     block.columns["teacher_topk_logprobs"][[0, 3, 4, 5]] = 0.0  # what columns hold where nothing was asked
     block.loss_mask[4] = False
     topk_logprobs = torch.zeros(6, 2)
@@ -82,7 +69,7 @@ def test_topk_kd_merges_the_tail_into_one_category() -> None:
 def test_topk_kd_of_the_whole_vocabulary_is_the_forward_kl() -> None:
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(2, 6, 5, generator=generator, dtype=torch.float64).log_softmax(2)
-    block = _block(teacher_topk_logprobs=teacher)
+    block = two_documents(teacher_topk_logprobs=teacher)
     ours = TopKKD()(TokenOutputs(topk_logprobs=student), block).total
     expected = (teacher.exp() * (teacher - student)).sum(1)[block.loss_mask].sum()
     assert float(ours) == pytest.approx(float(expected), abs=1e-9)  # both tails are SMALLEST_TAIL: they say nothing
@@ -92,7 +79,7 @@ def test_topk_kd_survives_rounding() -> None:
     """Masses that round to 1 or above, as float32 log-probabilities of sharp models do, leave a tail of 1e-6."""
     over = torch.tensor([0.99999994, 6e-7]).log().repeat(6, 1).requires_grad_()  # their sum is 1 + 5e-7
     teacher = torch.tensor([0.7, 0.2]).log().repeat(6, 1)
-    output = TopKKD()(TokenOutputs(topk_logprobs=over), _block(teacher_topk_logprobs=teacher))
+    output = TopKKD()(TokenOutputs(topk_logprobs=over), two_documents(teacher_topk_logprobs=teacher))
     one = 0.7 * math.log(0.7) + 0.2 * math.log(0.2 / 6e-7) + 0.1 * math.log(0.1 / SMALLEST_TAIL)
     assert float(output.total.detach()) == pytest.approx(3 * one, rel=1e-5)
     (gradient,) = torch.autograd.grad(output.total, over)
@@ -102,12 +89,12 @@ def test_topk_kd_survives_rounding() -> None:
 def test_hidden_kd_compares_states_of_trained_tokens() -> None:
     student = torch.zeros(6, 2)
     teacher = torch.tensor([[9.0, 9.0], [1.0, 3.0], [0.0, 2.0], [9.0, 9.0], [2.0, 0.0], [0.0, 0.0]])
-    output = HiddenKD()(TokenOutputs(hidden_states=student), _block(teacher_hidden=teacher))
+    output = HiddenKD()(TokenOutputs(hidden_states=student), two_documents(teacher_hidden=teacher))
     assert float(output.total) == 9.0  # (1 + 9) / 2 + (0 + 4) / 2 + (4 + 0) / 2
     assert _metric(output, "loss") == (9.0, 3)
     # cosine: the same direction, the opposite, at right angles
     student = torch.tensor([[0.0, 0.0], [2.0, 6.0], [0.0, -1.0], [0.0, 0.0], [0.0, 5.0], [0.0, 0.0]])
-    output = HiddenKD(kind="cosine")(TokenOutputs(hidden_states=student), _block(teacher_hidden=teacher))
+    output = HiddenKD(kind="cosine")(TokenOutputs(hidden_states=student), two_documents(teacher_hidden=teacher))
     assert float(output.total) == pytest.approx(0 + 2 + 1, abs=1e-6)
     assert HiddenKD().needs == {"hidden_states"}
 
@@ -116,7 +103,7 @@ def test_hidden_kd_through_a_head_reads_the_state_before_each_trained_token() ->
     """Tokens 1, 2 and 4 are trained; the states they are drawn from are those at 0, 1 and 3."""
     loss = HiddenKD(head="wide")
     teacher = torch.tensor([[9.0], [1.0], [2.0], [9.0], [3.0], [0.0]])
-    block = _block(teacher_hidden=teacher)
+    block = two_documents(teacher_hidden=teacher)
     assert loss.needs == {"scores"} and loss.heads() == {"wide": "numbers"}
     assert loss.reads(block).tolist() == [True, True, False, True, False, False]
     scores = torch.tensor([[1.0], [2.0], [7.0], [0.0], [7.0], [7.0]])
@@ -129,7 +116,7 @@ def test_hidden_kd_through_a_head_reads_the_state_before_each_trained_token() ->
 
 def test_hidden_kd_of_other_widths_says_what_to_do() -> None:
     with pytest.raises(ModelError, match=r"4 wide, the teacher's 6\n.*size: 6"):
-        HiddenKD()(TokenOutputs(hidden_states=torch.zeros(6, 4)), _block(teacher_hidden=torch.zeros(6, 6)))
+        HiddenKD()(TokenOutputs(hidden_states=torch.zeros(6, 4)), two_documents(teacher_hidden=torch.zeros(6, 6)))
 
 
 ONLINE, CACHED = {"path": "teacher"}, {"cache": "runs/cache", "top_k": 32}

@@ -2,43 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
-from burnish.losses.base import Loss
+from burnish.losses.labelled import LabelledLoss
 from burnish.losses.reduce import at_last_tokens, labelled
-from burnish.types import LossOutput, last_tokens
+from burnish.types import LossOutput
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from burnish.types import Block, RowKind, TokenOutputs
+    from burnish.types import Block, TokenOutputs
 
 
-class Classification(Loss):
+class Classification(LabelledLoss):
     """Cross-entropy, -log softmax(s)_y, for each document that has a class y, with s the scores at its last token.
 
     Counted by document. A document column `weight` multiplies its document and leaves the count as it is.
     """
 
     type: Literal["classification"] = "classification"
-    needs: ClassVar[frozenset[str]] = frozenset({"scores"})
-    rows: ClassVar[RowKind] = "labelled"
-    label: str = "label"
-    """Column of the data with the class, by name or number; a row without one trains nothing here."""
-    head: str = "score"
-    """Which of the model's heads scores the classes."""
 
     def heads(self) -> dict[str, Literal["number", "classes"]]:
         return {self.head: "classes"}
-
-    def labels(self) -> dict[str, str]:
-        return {self.label: self.head}
-
-    def reads(self, block: Block) -> Tensor:
-        return last_tokens(block)
-
-    def count(self, block: Block) -> Tensor:
-        return labelled(block, self.label).sum()
 
     def __call__(self, outputs: TokenOutputs, block: Block) -> LossOutput:
         from torch.nn.functional import cross_entropy

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Gt
 
-from burnish.losses.base import Loss
+from burnish.losses.labelled import LabelledLoss
 from burnish.losses.reduce import at_last_tokens, labelled
-from burnish.types import LossOutput, last_tokens
+from burnish.types import LossOutput
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from burnish.types import Block, RowKind, TokenOutputs
+    from burnish.types import Block, TokenOutputs
 
 
-class Regression(Loss):
+class Regression(LabelledLoss):
     """(s - y)^2 for each document that has a label y, with s what the head says at its last token. Counted by document.
 
     With `huber_delta` d: e^2 / 2 where |e| = |s - y| <= d, else d (|e| - d / 2); Huber, Annals of Mathematical
@@ -24,26 +22,12 @@ class Regression(Loss):
     """
 
     type: Literal["regression"] = "regression"
-    needs: ClassVar[frozenset[str]] = frozenset({"scores"})
-    rows: ClassVar[RowKind] = "labelled"
-    label: str = "label"
-    """Column of the data with the number; a row without one trains nothing here."""
-    head: str = "score"
-    """Which of the model's heads says the number."""
+
     huber_delta: Annotated[float, Gt(0)] | None = None
     """Present: errors beyond it count linearly, so that a few wild labels do not rule."""
 
     def heads(self) -> dict[str, Literal["number", "classes"]]:
         return {self.head: "number"}
-
-    def labels(self) -> dict[str, str]:
-        return {self.label: self.head}
-
-    def reads(self, block: Block) -> Tensor:
-        return last_tokens(block)
-
-    def count(self, block: Block) -> Tensor:
-        return labelled(block, self.label).sum()
 
     def __call__(self, outputs: TokenOutputs, block: Block) -> LossOutput:
         import torch

@@ -1,7 +1,7 @@
 """Rows of embedding and head for tokens that a model did not have: where they begin, and training them alone.
 
 The new rows are a parameter of their own, `new_rows` [N, H], on the embedding and, where that is not tied, on the head;
-the matrix they extend stays frozen, has no gradient, and never enters a checkpoint. It must not know tokenizers.
+the matrix they extend stays frozen, has no moments, and never enters a checkpoint. It must not know tokenizers.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def _reading_new_rows(embedding: Any, inner: Any) -> Any:
 
 
 class _WithRows(torch.autograd.Function):
-    """The frozen matrix with its new rows written into it: no copy of V x H numbers, and their gradient alone."""
+    """The frozen matrix with its new rows written into it: no second V x H matrix forward, and a gradient that only the
+    new rows keep. The projection still sums all of dW, V x H float32, in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, new_rows: Tensor, first: int) -> Tensor:

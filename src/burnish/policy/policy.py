@@ -78,15 +78,19 @@ class Policy:
         blocks = self.annotated(blocks, loss)
         self.model.train()
         batches = [collate(rows) for rows in in_chunks(blocks, self.micro_batch_size)]
-        counts = torch.stack([loss.count(batch).double().reshape(-1) for batch in batches]).sum(0)
-        divisors = torch.tensor([count or 1.0 for count in self.mesh.sum_scalars(counts.tolist())], dtype=torch.float64)
+        counts = [loss.count(batch) for batch in batches]
+        counted = torch.stack([count.double().reshape(-1) for count in counts]).sum(0)
+        divisors = torch.tensor(
+            [count or 1.0 for count in self.mesh.sum_scalars(counted.tolist())], dtype=torch.float64
+        )
         if self.mesh.world_size == 1:  # with more ranks every one must take part in every collective
-            batches = [batch for batch in batches if batch.num_documents] or batches[:1]
+            held = [i for i, batch in enumerate(batches) if batch.num_documents] or [0]
+            batches, counts = [batches[i] for i in held], [counts[i] for i in held]
         totals = Totals()
-        for batch in batches:
+        for batch, count in zip(batches, counts, strict=True):
             output = self._forward(batch, loss)
             (output.total.reshape(-1) / divisors.to(output.total)).sum().backward()
-            totals.add(output, loss.count(batch))
+            totals.add(output, count)
         metrics, mean = totals.over_ranks(self.mesh)
         self._mean_loss += mean
         return metrics

@@ -108,7 +108,7 @@ def shard(model: PolicyModel, mesh: Mesh, dtype: torch.dtype) -> None:
     packed = {parameter for parameter in frozen if not parameter.is_floating_point()}  # four bits: whole on each rank
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     options: dict[str, Any] = {
-        "mesh": mesh.device_mesh,
+        "mesh": mesh.fsdp_mesh(),
         "ignored_params": frozen if mesh.world_size == 1 else packed,
     }
     for layer in model.layers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, MinLen
 from pydantic import ConfigDict
@@ -11,6 +11,7 @@ from pydantic import ConfigDict
 from burnish.component import Config, Free, OneOf, differences, fixed_view
 from burnish.data.config import DataConfig
 from burnish.launch.base import Launch
+from burnish.mesh_config import MeshConfig
 from burnish.model.config import ModelConfig
 from burnish.policy.optimizers.base import Optimizer
 from burnish.schedules.base import Schedule
@@ -78,6 +79,11 @@ class Recipe(Config):
     """Where metrics go besides the run folder's `metrics.jsonl`."""
     launch: Annotated[Launch, LAUNCHES, Free()] = LAUNCHES.field(Launch)
     """Where the run takes place."""
+    mesh: Annotated[MeshConfig, Free()] = MeshConfig()
+    """How the ranks share model, rows and tokens."""
+    determinism: Literal["fixed", "elastic"] = "fixed"
+    """`fixed`: the same bits on the same number of ranks, and the same to rounding on another. `elastic`: the same bits
+    on any power of two, by a fixed order of every sum; on a CPU with one thread a rank."""
     seed: int = 0
     """Of the data order, dropout and new weights."""
     run_dir: Annotated[str, MinLen(1), Free()]

@@ -85,9 +85,10 @@ def make_adapter(folder: Path) -> None:
     from burnish.mesh import open_mesh
     from burnish.model.adapters.weights import adapter_tensors
     from burnish.model.load import load_model
+    from burnish.model.shards import gathered
 
     with open_mesh("cpu") as mesh:
-        save_file(adapter_tensors(load_model(policy_config(folder, True), mesh, seed=0)), folder / ADAPTER)
+        save_file(gathered(adapter_tensors(load_model(policy_config(folder, True), mesh, seed=0))), folder / ADAPTER)
 
 
 class Meter:

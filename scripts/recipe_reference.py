@@ -81,7 +81,10 @@ def _table(block: type[Config], *, free: bool) -> Iterator[str]:
     for name, field in fields.items():
         resume = "free" if free or _is_free(field) else "fixed"
         said = " ".join((field.description or "").split()).replace("|", "\\|")
-        value = "a block, below" if any(parts(field.annotation, field.metadata)) else _values(properties[name])
+        value = _values(properties[name])
+        if any(parts(field.annotation, field.metadata)):
+            words = [f"`{inner['const']}`" for inner in properties[name].get("anyOf", []) if "const" in inner]
+            value = " or ".join([*words, "a block, below"])
         value = "a list of blocks, below" if properties[name].get("type") == "array" and "below" in value else value
         yield f"| `{name}` | {value} | {_default(field)} | {resume} | {said} |"
 

@@ -91,6 +91,8 @@ class MemoryDisk(Storage):
 
     def make_directory(self, path: Path) -> None:
         self._step()
+        if path.name in self._folder(path.parent).entries:
+            raise FileExistsError(errno.EEXIST, "File exists", str(path))
         folder = Folder()
         self._folder(path.parent).change(lambda entries: entries.update({path.name: folder}))
 
@@ -145,9 +147,11 @@ class MemoryDisk(Storage):
                 yield MemoryDisk(copy.deepcopy(folder))  # images share what they have in common
 
 
-def _images(folder: Folder, how: str) -> Iterator[Folder]:
-    seen = set()
-    for chosen in itertools.product((False, True), repeat=len(folder.pending)):
+def _images(folder: Folder, how: str, *, unread: bool = False) -> Iterator[Folder]:
+    """Of a folder that no reader looks into, two do: nothing of what was not synced happened, or all of it."""
+    seen, num_pending = set(), len(folder.pending)
+    extremes = [(False,) * num_pending, (True,) * num_pending]
+    for chosen in extremes if unread else itertools.product((False, True), repeat=num_pending):
         entries = dict(folder.durable)
         for operation, happened in zip(folder.pending, chosen, strict=True):
             if happened:
@@ -157,8 +161,8 @@ def _images(folder: Folder, how: str) -> Iterator[Folder]:
             continue
         seen.add(key)
         choices = [
-            list(_images(entry, how)) if isinstance(entry, Folder) else [_image(entry, how)]
-            for entry in entries.values()
+            list(_images(entry, how, unread=".trash-" in name)) if isinstance(entry, Folder) else [_image(entry, how)]
+            for name, entry in entries.items()
         ]
         for contents in itertools.product(*choices):
             image = dict(zip(entries, contents, strict=True))

@@ -10,6 +10,7 @@ from torch import Tensor
 from burnish.model.adapters.lora import LoRA, without_known_warnings
 from burnish.model.adapters.weights import adapter_tensors
 from burnish.model.policy_model import PolicyModel
+from burnish.model.shards import gathered
 from tests.policy_model_helpers import gradients
 from tests.tiny_models import VOCAB_SIZE, tiny_model
 
@@ -51,7 +52,7 @@ def in_peft(model: PolicyModel, lora: LoRA, family: str, **overrides: Any) -> An
     config = lora.peft_config(PolicyModel.from_hf(tiny_model(family, **overrides)))
     with without_known_warnings():
         theirs: Any = get_peft_model(tiny_model(family, **overrides), config)
-    written = adapter_tensors(model)
+    written = gathered(adapter_tensors(model))
     result = set_peft_model_state_dict(theirs, written)
     trained = [name for name, parameter in theirs.named_parameters() if parameter.requires_grad]
     assert not result.unexpected_keys and not set(result.missing_keys) & set(trained)

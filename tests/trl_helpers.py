@@ -24,6 +24,7 @@ from burnish.losses.base import Loss
 from burnish.mesh import open_mesh
 from burnish.model.adapters.weights import adapter_tensors
 from burnish.model.load import load_model
+from burnish.model.shards import gathered
 from burnish.policy.optimizers.adamw import AdamW
 from burnish.policy.policy import Policy
 from burnish.policy.second import SecondModel
@@ -135,7 +136,7 @@ def steps_of(policy: Policy, groups: Sequence[Group], loss: Loss) -> Trajectory:
 
 def _weights(policy: Policy) -> dict[str, Tensor]:
     model = policy.model
-    tensors = dict(model.hf_tensors(merge=False)) if model.adapter is None else adapter_tensors(model)
+    tensors = dict(model.hf_tensors(merge=False)) if model.adapter is None else gathered(adapter_tensors(model))
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 

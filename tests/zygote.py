@@ -28,6 +28,7 @@ IMPORTED = (
     "burnish.model.export",
     "burnish.policy.checkpoint",
     "burnish.launch.local",
+    "burnish.launch.rank",
     "burnish.recipe",
     "burnish.data.packing.best_fit",
     "burnish.data.renderers.chat",
@@ -88,9 +89,10 @@ class Zygote:
         self.process.wait(timeout=30)
         self.process.stdout.close()
 
-    def start(self, argv: list[str], log: Path) -> Trial:
+    def start(self, argv: list[str], log: Path, **environment: str) -> Trial:
         """Begins `burnish argv...` in a fork of its own, its output going to `log`."""
-        return Trial(self, self.ask({"argv": argv, "log": str(log)})["pid"], log)
+        request = {"argv": argv, "log": str(log), "environment": environment}
+        return Trial(self, self.ask(request)["pid"], log)
 
     def run(self, argv: list[str], log: Path) -> tuple[int, str]:
         """Exit code and output of a whole command."""
@@ -136,14 +138,15 @@ def _serve() -> None:
             _, status = os.waitpid(request["wait"], 0)
             answer = {"code": os.waitstatus_to_exitcode(status)}
         else:
-            answer = {"pid": _fork(main, request["argv"], request["log"])}
+            answer = {"pid": _fork(main, request["argv"], request["log"], request["environment"])}
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def _fork(main: Callable[[list[str]], int], argv: list[str], log: str) -> int:
+def _fork(main: Callable[[list[str]], int], argv: list[str], log: str, environment: dict[str, str]) -> int:
     pid = os.fork()
     if pid:
         return pid
+    os.environ.update(environment)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

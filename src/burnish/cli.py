@@ -24,6 +24,7 @@ HELP = {
     "verify": "compare a model's every changed path with plain transformers",
     "export": "write a plain Hugging Face or PEFT folder",
     "generate": "talk to a model or a run",
+    "chaos": "run a recipe while things go wrong, and get a verdict",
     "cache-teacher": "keep a teacher's likeliest tokens for all rows",
     "recipes": "list or copy the shipped recipes",
 }

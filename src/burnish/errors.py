@@ -5,8 +5,11 @@
     |   |-- RecipeError             the recipe: schema, or parts that do not fit together
     |   |-- DataError               a file, a row, a conversation, a template
     |   |-- ModelError              weights, tokenizer or architecture
+    |   |-- RefusedElsewhere        another rank refused its input
     |   `-- ResumeError             the run folder: another owner, another recipe, no intact checkpoint
     |-- RunFailed (RuntimeError)    the run went wrong by itself: three bad steps in a row     exit 1
+    |   |-- Unreachable             a store does not answer now
+    |   `-- RestartsExhausted       ranks died or hung more often than the recipe allows
     `-- Stopped                     paused on purpose, the same command goes on                exit 75
 
 To add one: subclass the nearest, say in its docstring who meets it, and keep it picklable (all state in `args`).
@@ -71,8 +74,39 @@ class ResumeError(UserError):
     """The run folder cannot be continued by this command."""
 
 
+class RefusedElsewhere(UserError):
+    """This rank ends because another one refused its input, and says why there."""
+
+    def __init__(self, rank: int) -> None:
+        BurnishError.__init__(self, rank)
+        self.reason, self.where, self.cure = f"stopped with rank {rank}, which refused its input", "", ""
+
+
 class RunFailed(BurnishError, RuntimeError):
     """The run was accepted, and failed by itself."""
+
+
+class Unreachable(RunFailed):
+    """A store does not answer now. What supervises the run tries again, as it does with a rank that died."""
+
+
+class RestartsExhausted(RunFailed):
+    """Ranks died or hung more often than `launch.max_restarts`, without a new checkpoint between them.
+
+    Args:
+        failures: one line each, the first first.
+        words: traceback of the last, where it has one.
+    """
+
+    def __init__(self, failures: tuple[str, ...], words: str = "") -> None:
+        super().__init__(failures, words)
+        self.failures, self.words = failures, words
+
+    def __str__(self) -> str:
+        lines = "".join(f"\n    {failure}" for failure in self.failures)
+        last = f"\n{self.words.rstrip()}" if self.words else ""
+        cure = "\n  cure: the same command goes on from the newest checkpoint, once what broke is mended"
+        return f"given up after {len(self.failures)} failures without a new checkpoint:{lines}{last}{cure}"
 
 
 class Stopped(BurnishError):

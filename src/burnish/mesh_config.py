@@ -7,11 +7,11 @@ from typing import Annotated, Literal, NamedTuple
 from annotated_types import Ge
 
 from burnish.component import Config
-from burnish.errors import RecipeError
+from burnish.errors import RecipeError, UserError
 
 
 class Sizes(NamedTuple):
-    """Ranks along each axis of a mesh, outermost first; rank r of 8 on (1, 4, 1, 2) has dp_shard r // 2 and tp r % 2."""
+    """Ranks along each axis, outermost first: rank r of 8 on (1, 4, 1, 2) has dp_shard r // 2 and tp r % 2."""
 
     dp_replicate: int
     dp_shard: int
@@ -54,10 +54,11 @@ class MeshConfig(Config):
             step = others if self.dp_shard == "rest" else others * self.dp_shard
             below, above = world_size // step * step, -(-world_size // step) * step
             near = str(step) if self.dp_shard != "rest" else " or ".join(str(n) for n in (below, above) if n)
-            raise RecipeError(
+            problem = UserError(
                 f"{world_size} ranks cannot be laid out as dp_replicate {self.dp_replicate} x dp_shard "
                 f"{self.dp_shard} x cp {self.cp} x tp {self.tp}",
                 where="mesh",
                 cure=f"start {near} ranks, or change the axes: their product is the number of ranks",
             )
+            raise RecipeError((problem,))
         return sizes

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +15,8 @@ import pytest
 
 from burnish.errors import ResumeError
 from burnish.policy.checkpoint import Checkpointer, SaveFailed, Storage, load_latest
-from tests.checkpoint_helpers import RUN, MemoryDisk, PowerCut, assert_is_step, tensors_of
+from tests.checkpoint_helpers import RUN, Folder, MemoryDisk, PowerCut, assert_is_step, tensors_of
+from tests.rank_helpers import SharedDisk, ThreadMesh, on_ranks, pieces
 
 
 def save(disk: Storage, step: int, keep: int = 2) -> None:
@@ -86,6 +90,127 @@ def test_a_complete_checkpoint_loads_after_a_cut_at_every_operation(start, step,
     assert step == before or len(cuts) > 15
 
 
+def save_by_two(disk: SharedDisk, step: int, keep: int = 2) -> None:
+    def work(mesh: ThreadMesh) -> None:
+        checkpointer = Checkpointer(RUN, keep=keep, storage=disk.of(mesh.rank), mesh=mesh)
+        try:
+            checkpointer.load_latest()
+            checkpointer.save(step, pieces(tensors_of(step), mesh.rank, 2, 1), {"step": step}, wait=True)
+            (event,) = checkpointer.poll()
+            assert not isinstance(event, SaveFailed), event
+        finally:
+            checkpointer.close()
+
+    on_ranks(2, work)
+
+
+def disk_of_two(*steps: int) -> SharedDisk:
+    disk = SharedDisk()
+    for step in steps:
+        save_by_two(disk, step)
+    return disk
+
+
+def orders(start: Folder, step: int, keep: int) -> list[list[int]]:
+    """Who does the next operation: rank 0 all of its files first, rank 1 first, in turns, and shuffled twice."""
+    free = SharedDisk(start)
+    save_by_two(free, step, keep)
+    alone = [rank for rank, operation, name in free.log]  # rank 0's end, from the manifest on, comes after all files
+    end = next(
+        at for at, (_, operation, name) in enumerate(free.log) if (operation, name) == ("create", "manifest.json")
+    )
+    zero, one = alone[:end].count(0), alone[:end].count(1)
+    assert alone[end:].count(1) == 0 and min(zero, one) > 8
+    turns = [rank for pair in itertools.zip_longest([0] * zero, [1] * one) for rank in pair if rank is not None]
+    shuffled = [random.Random(seed).sample(turns, len(turns)) for seed in (0, 1)]
+    return [[0] * zero + [1] * one, [1] * one + [0] * zero, turns, *shuffled]
+
+
+@pytest.mark.parametrize(
+    ("start", "step", "keep", "before"),
+    [
+        pytest.param((), 10, 2, None, id="first save"),
+        pytest.param((10,), 20, 1, 10, id="save that replaces the only one"),
+        pytest.param((10, 20), 30, 2, 20, id="save that deletes the oldest"),
+    ],
+)
+def test_a_complete_checkpoint_loads_after_a_cut_at_every_operation_of_two_ranks(start, step, keep, before):
+    root, images, found_new = disk_of_two(*start).root, 0, 0
+    for number, order in enumerate(orders(copy.deepcopy(root), step, keep)):
+        # Once all files are durable rank 0 is alone: what comes then is the same in every order.
+        for cut in itertools.count() if number == 0 else range(len(order) + 1):
+            disk = SharedDisk(copy.deepcopy(root), order=order, cut_at=cut)
+            try:
+                save_by_two(disk, step, keep)
+            except PowerCut:
+                pass
+            else:
+                cut = None
+            for image in disk.after_power_cut():
+                loaded = load_latest(RUN, image)
+                images += 1
+                if loaded is None:
+                    assert before is None and cut is not None
+                    continue
+                assert loaded.step in ({step} if cut is None else {before, step})
+                assert loaded.state == {"step": loaded.step}
+                assert_is_step(loaded.tensors, loaded.step)
+                found_new += loaded.step == step
+            if cut is None:
+                assert disk.log[-1][0] == 0 and [rank for rank, _, _ in disk.log][: len(order)] == order
+                break
+            if cut % 7 == 0:  # the run goes on from the last image, on one rank
+                save(image, step + 10, keep)
+                assert not [name for name in image.names(RUN) if "." in name], "leftovers of the dead writers"
+    assert images > 200 and found_new > 5
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_one_rank_dies_at_every_operation_and_the_other_finds_out(dies):
+    root, steps = disk_of_two(10).root, []
+    for at in itertools.count():
+        disk = SharedDisk(copy.deepcopy(root), dies=dies, dies_at=at)
+        try:
+            save_by_two(disk, 20, keep=1)
+        except PowerCut:
+            alive = True
+        else:
+            alive = False
+        loaded = load_latest(RUN, disk)
+        assert loaded is not None and not loaded.rejected
+        assert_is_step(loaded.tensors, loaded.step)
+        steps.append(loaded.step)
+        again = SharedDisk(disk.root)
+        save_by_two(again, 30, keep=1)
+        assert again.names(RUN) == ["checkpoint-30"]
+        if not alive:
+            break
+    assert steps == sorted(steps) and steps[0] == 10 and steps[-1] == 20 and len(steps) > 10
+
+
+def test_a_cut_never_leaves_the_new_one_beside_what_the_run_went_back_behind():
+    start, found = disk_with(10, 20), set()
+    for cut in itertools.count():
+        disk = MemoryDisk(copy.deepcopy(start.root), cut_at=cut)
+        checkpointer = Checkpointer(RUN, keep=3, storage=disk)
+        checkpointer.load_latest(at_most=10)
+        try:
+            checkpointer.save(15, tensors_of(15), {"step": 15}, wait=True)
+        except PowerCut:
+            pass
+        else:
+            cut = None
+        for image in disk.after_power_cut():
+            loaded = load_latest(RUN, image)
+            assert loaded is not None
+            assert_is_step(loaded.tensors, loaded.step)
+            assert loaded.step == 15 or "checkpoint-15" not in image.names(RUN)
+            found.add(loaded.step)
+        if cut is None:
+            break
+    assert disk.names(RUN) == ["checkpoint-10", "checkpoint-15"] and {10, 15, 20} == found
+
+
 class NoFileSync(MemoryDisk):
     def sync(self, file: int) -> None:
         self._step()
@@ -154,7 +279,7 @@ class Killed(Storage):
     def remove_file(self, path): self._step(); super().remove_file(path)
     def remove_directory(self, path): self._step(); super().remove_directory(path)
 
-at, signals = 0, 0
+at = 0
 while True:
     pid = os.fork()  # no torch operator has run in this process yet
     if pid == 0:

@@ -17,7 +17,9 @@ FEW_PLACES = {
     | {"model/export.py", "model/export_scores.py"},
     "tensorboard": {"track/tensorboard.py"},
     "datasets": {"data/sources/huggingface.py"},
+    "obstore": {"policy/checkpoint/objects.py"},
     "ruamel": {"recipe/written.py"},
+    "ray": {"launch/ray.py"},
 }
 """Libraries that one file alone imports, so that one file alone changes with them; adapters are written in one
 folder, and read back where exports are proved."""

@@ -15,9 +15,10 @@ from burnish.mesh import open_mesh
 from burnish.model.adapters.lora import LoRA
 from burnish.model.heads.attach import attach
 from burnish.model.heads.multi import Multi
-from burnish.model.parallel import fsdp_modules, recompute_layers, shard, whole
+from burnish.model.parallel import fsdp_modules, recompute_layers, shard
 from burnish.model.policy_model import PolicyModel
 from burnish.model.precision import keep_masters
+from burnish.model.shards import whole
 from tests.policy_model_helpers import largest_difference, pack, random_documents
 from tests.tiny_models import tiny_model
 

@@ -256,6 +256,35 @@ def test_three_bad_steps_in_a_row_end_the_run_and_lose_nothing(full: Path, lab: 
     assert tiny_run.losses(run_dir) == tiny_run.losses(full)
 
 
+def test_a_rollback_goes_back_passes_over_the_rows_and_is_the_same_run_when_cut(full: Path, lab: Lab) -> None:
+    listed = lab.folder / "sixth.txt"
+    workflow = {"type": "sft", "loss": {"type": "users_losses:Poisoned", "listed": str(listed)}}
+    changes = {"workflow": workflow, "anomaly": {"action": "rollback", "steps_before": 1}}
+    listed.write_text("*")
+    lab.train("probe", **changes, expect=1)  # the first step is bad, and there is no checkpoint to go back to
+    listed.write_text("")
+    probe = lab.train("rows", "stop_after=6", expect=75, **changes | {"checkpoint": {"save_every": 3}})
+    listed.write_text("*")
+    output = lab.resume("rows", expect=1)  # everything is bad: five times back, or three in a row
+    assert "not finite" in output and "Traceback" not in output
+    lines = next(event["samples"] for event in events(probe, "step_skipped") if event["step"] == 7)
+    listed.write_text(lines[0].rpartition(":")[2])
+
+    run_dir = lab.train("rolled", **changes)
+    (back,) = events(run_dir, "rolled_back")
+    bad = back["step"]
+    assert back["to"] == max(step for step in (4, 8) if step < bad - 1)
+    assert [event["step"] for event in events(run_dir, "passed_over")] == [bad - 1, bad]
+    written = tiny_run.read_metrics(run_dir)
+    assert [line["step"] for line in written if line["step"]] == list(range(1, 13))
+    assert [line["step"] for line in written if line["step"] and "loss" not in line] == [bad - 1, bad]
+    assert tiny_run.losses(run_dir)[: bad - 2] == tiny_run.losses(full)[: bad - 2]
+    lab.train("rolled-cut", f"stop_after={bad - 1}", expect=75, **changes)
+    lab.resume("rolled-cut", f"stop_after={bad}", expect=75)
+    lab.resume("rolled-cut")
+    assert tiny_run.losses(lab.folder / "rolled-cut") == tiny_run.losses(run_dir)
+
+
 def test_a_run_folder_can_be_moved(full: Path, lab: Lab) -> None:
     before = lab.train("before", "stop_after=5", expect=75)
     before.rename(lab.folder / "elsewhere")

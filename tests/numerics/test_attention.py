@@ -214,7 +214,7 @@ def test_kernels_that_cannot_are_refused():
 
 def test_varlen_layout_without_prefixes():
     """Padding inside and at the end of a row of 10 becomes sequences of its own; keys stay where they are."""
-    made = varlen._layout([(5, 8, 5, 5), (0, 4, 0, 0)], 10, torch.device("cpu"))
+    made = varlen._layout([(5, 8, 5, 5), (0, 4, 0, 0)], 10, 10, 0, torch.device("cpu"))
     cu_seqlens = [0, 4, 5, 8, 10]
     assert [x.tolist() for x in made.lengths[:2]] == [cu_seqlens, cu_seqlens] and made.lengths[2:] == (4, 4)
     assert made.keys is None and made.gaps == [slice(4, 5), slice(8, 10)]
@@ -222,7 +222,7 @@ def test_varlen_layout_without_prefixes():
 
 def test_varlen_layout_gathers_shared_prefixes():
     """A prompt of 3, completions of 2 and 1: keys are 0 1 2 | 0 1 2 3 4 | 0 1 2 5 | 6 (padding)."""
-    made = varlen._layout([(0, 3, 0, 0), (3, 5, 0, 3), (5, 6, 0, 3)], 7, torch.device("cpu"))
+    made = varlen._layout([(0, 3, 0, 0), (3, 5, 0, 3), (5, 6, 0, 3)], 7, 7, 0, torch.device("cpu"))
     queries, keys, longest_query, longest_keys = made.lengths
     assert queries.tolist() == [0, 3, 5, 6, 7] and keys.tolist() == [0, 3, 8, 12, 13]
     assert (longest_query, longest_keys) == (3, 5)

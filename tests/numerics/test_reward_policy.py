@@ -20,6 +20,7 @@ from burnish.model.export_scores import classifier_tensors
 from burnish.model.heads.attach import sequence_classifier
 from burnish.model.parallel import prepare
 from burnish.model.policy_model import PolicyModel
+from burnish.model.shards import gathered
 from burnish.policy.policy import Policy
 from burnish.types import Block, Group, Sample
 from tests.policy_model_helpers import largest_difference, random_documents
@@ -78,7 +79,7 @@ def plain_classifier(policy: Policy) -> Any:
     config = policy.model.hf_config
     config.num_labels = len(policy.model.head_tensors()["score.weight"])
     classifier = sequence_classifier(config)._from_config(config, attn_implementation="eager")
-    classifier.load_state_dict(classifier_tensors(policy.model))
+    classifier.load_state_dict(gathered(classifier_tensors(policy.model)))
     return classifier
 
 

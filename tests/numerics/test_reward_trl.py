@@ -16,6 +16,7 @@ from burnish.model.export_scores import classifier_tensors
 from burnish.model.heads.attach import sequence_classifier
 from burnish.model.parallel import prepare
 from burnish.model.policy_model import PolicyModel
+from burnish.model.shards import gathered
 from burnish.policy.optimizers.adamw import AdamW
 from burnish.policy.policy import Policy
 from burnish.types import Group, Sample
@@ -103,7 +104,7 @@ def test_losses_follow_trls_reward_trainer(tmp_path: Path) -> None:
         prepare(model, config, mesh, seed=0)
         model.hf_config.num_labels = 1
         classifier = sequence_classifier(model.hf_config)._from_config(model.hf_config, attn_implementation="eager")
-        classifier.load_state_dict(classifier_tensors(model))
+        classifier.load_state_dict(gathered(classifier_tensors(model)))
         optimizer = AdamW(learning_rate=LEARNING_RATE, weight_decay=0.0).open(model.trainable_parameters())
         policy = Policy(model, optimizer, mesh=mesh, micro_batch_size=1, max_grad_norm=1.0)
         expected = theirs(classifier, tmp_path)

@@ -11,6 +11,8 @@ import pytest
 
 from burnish import cli
 from burnish.commands import _sizes
+from burnish.model.load import load_config
+from burnish.model.plan import ONE_RANK, Plan, Work, plan
 from burnish.recipe import Recipe
 from tests import tiny_run
 
@@ -220,35 +222,37 @@ def test_an_epoch_is_packed_as_training_will(blocks):
     assert _sizes.epoch(alone, [(1.0, [16])]) == (64, 0.25, 1.0)
 
 
-def test_adapter_parameters_are_counted_without_making_them(blocks, tiny_model):
-    from transformers import AutoConfig
+def planned(recipe: Recipe) -> Plan:
+    """Its model on one rank."""
+    work = Work(recipe.global_batch_size, recipe.micro_batch_size, 128)
+    return plan(recipe.model, load_config(recipe.model), ONE_RANK, work)
 
+
+def test_adapter_parameters_are_counted_without_making_them(blocks, tiny_model):
     model = blocks["model"] | {"adapter": {"type": "lora", "r": 2}}
-    recipe = Recipe.model_validate(blocks | {"model": model})
-    count = _sizes.count_parameters(recipe.model, AutoConfig.from_pretrained(tiny_model))
+    count = planned(Recipe.model_validate(blocks | {"model": model}))
     # r (in + out) of q, k, v, o, gate, up, down in two layers; the head is left alone.
-    assert count.trained == 2 * 2 * ((48 + 48) * 2 + (48 + 24) * 2 + (48 + 96) * 3)
-    assert count.all == 57_072 + count.trained
+    assert count.num_trained == 2 * 2 * ((48 + 48) * 2 + (48 + 24) * 2 + (48 + 96) * 3)
+    assert count.num_parameters == 57_072 + count.num_trained
     named = Recipe.model_validate(
         blocks | {"model": blocks["model"] | {"adapter": {"type": "lora", "r": 4, "target_modules": ["q_proj"]}}}
     )
-    assert _sizes.count_parameters(named.model, AutoConfig.from_pretrained(tiny_model)).trained == 2 * 4 * (48 + 48)
+    assert planned(named).num_trained == 2 * 4 * (48 + 48)
 
 
 def test_estimates_are_their_formulas(blocks, tiny_model):
-    from transformers import AutoConfig
-
     recipe = Recipe.model_validate(blocks)
-    count = _sizes.NumParameters(all=57_072, trained=57_072)
-    parts = _sizes.memory_bytes(recipe, AutoConfig.from_pretrained(tiny_model), count)
+    laid_out = planned(recipe)
+    parts = laid_out.memory("none")
     assert parts["weights"][0] == parts["gradients"][0] == 4 * 57_072
     assert parts["optimizer"][0] == 8 * 57_072
-    # 128 tokens x 4 bytes x 2 layers x (4 x 48 + 3 x 48 + 4 x 24 + 4 x 96)
-    assert parts["activations"][0] == 128 * 4 * 2 * 816
     # 320 x 4 x (2 x 128 tokens + 48 rows of the head's own gradient)
     assert parts["projection"][0] == 320 * 4 * (2 * 128 + 48)
     # Two kept checkpoints and the one being written, each weights and two moments; and the export.
-    assert _sizes.disk_bytes(recipe, count) == 3 * 12 * 57_072 + 4 * 57_072
+    assert _sizes.disk_bytes(recipe, laid_out) == 3 * 12 * 57_072 + 4 * 57_072
+    stored = {"checkpoint": blocks["checkpoint"] | {"store": "s3://bucket/run"}}
+    assert _sizes.disk_bytes(Recipe.model_validate(blocks | stored), laid_out) == 4 * 57_072
     # Of an adapter no more than its own weights is ever written.
-    adapted = Recipe.model_validate(blocks | {"model": blocks["model"] | {"adapter": {"type": "lora"}}})
-    assert _sizes.disk_bytes(adapted, _sizes.NumParameters(all=58_072, trained=1_000)) == (3 * 12 + 4) * 1_000
+    adapted = Recipe.model_validate(blocks | {"model": blocks["model"] | {"adapter": {"type": "lora", "r": 1}}})
+    trained = 2 * ((48 + 48) * 2 + (48 + 24) * 2 + (48 + 96) * 3)
+    assert _sizes.disk_bytes(adapted, planned(adapted)) == (3 * 12 + 4) * trained

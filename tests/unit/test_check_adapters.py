@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from burnish import cli
-from burnish.commands import _sizes
 from burnish.errors import UserError
+from burnish.model.load import load_config
+from burnish.model.plan import ONE_RANK, Work, plan
 from burnish.recipe import Recipe, load_recipe
 from tests import tiny_run
 
@@ -30,13 +31,12 @@ COUNTS: dict[str, tuple[dict[str, Any], int, bool]] = {
 
 @pytest.mark.parametrize("case", COUNTS)
 def test_what_trains_is_counted(case: str, tiny_model: Path, tiny_train: Path, tmp_path: Path) -> None:
-    from transformers import AutoConfig
-
     fields, trained, trains_head = COUNTS[case]
     blocks = tiny_run.recipe(tiny_model, tiny_train, tmp_path / "run")
     blocks["model"]["adapter"] = {"type": "lora", "r": 4, **fields}
-    count = _sizes.count_parameters(Recipe.model_validate(blocks).model, AutoConfig.from_pretrained(tiny_model))
-    assert count == _sizes.NumParameters(all=57_072 + trained, trained=trained, packed=0, trains_head=trains_head)
+    model = Recipe.model_validate(blocks).model
+    found = plan(model, load_config(model), ONE_RANK, Work(1, 1, 16))
+    assert (found.num_parameters, found.num_trained, found.trains_head) == (57_072 + trained, trained, trains_head)
 
 
 def test_targets_are_refused_at_check_time(

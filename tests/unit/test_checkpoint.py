@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from burnish.errors import ResumeError
 from burnish.policy.checkpoint import Checkpointer, Saved, SaveFailed, Storage, load_latest
 from burnish.policy.checkpoint.manifest import encode_header, encode_manifest, tensor_bytes
+from burnish.policy.checkpoint.staging import Staging
+from burnish.region import Region
 from tests.checkpoint_helpers import RUN, MemoryDisk, assert_is_step, tensors_of
 
 BIT_EXACT = torch.tensor([0.1, -0.0, float("nan"), float("inf"), 1e-45])
@@ -46,7 +48,7 @@ def test_every_dtype_shape_and_layout_comes_back_bit_for_bit(tmp_path):
     loaded = load_latest(tmp_path)
     assert loaded is not None
     assert (loaded.step, loaded.state, loaded.rejected) == (7, state, [])
-    assert loaded.path == tmp_path / "checkpoint-7"
+    assert (loaded.name, loaded.place) == ("checkpoint-7", str(tmp_path / "checkpoint-7"))
     assert loaded.tensors["rng"] == {} and set(loaded.tensors["model"]) == set(TENSORS)
     for name, tensor in TENSORS.items():
         found = loaded.tensors["model"][name]
@@ -65,49 +67,116 @@ def test_the_files_are_the_public_safetensors_format_and_hold_no_pickle(tmp_path
             list(pickletools.genops((tmp_path / "checkpoint-7" / file).read_bytes()))
 
 
-def test_a_manifest_by_hand_with_two_shards_reads_as_one_tensor(tmp_path):
-    # weight = [[0, 1], [2, 3], [4, 5]]: rows 0 and 1 in the first file, row 2 in the second
+def crc(data: bytes) -> int:
+    return zlib.crc32(data)
+
+
+def test_a_manifest_by_hand_with_three_slices_reads_as_one_tensor(tmp_path):
+    # weight = [[0, 1], [2, 3], [4, 5]]: rows 0 and 1 in the first file, under a checksum each, row 2 in the second
     weight = torch.arange(6.0).reshape(3, 2)
     folder = tmp_path / "checkpoint-4"
     folder.mkdir()
-    manifest = {"format": 1, "step": 4, "files": {"state.json": {"size": 2, "crc32": zlib.crc32(b"{}")}}}
     (folder / "state.json").write_bytes(b"{}")
-    slices = []
-    for file, begin, end in [
-        ("model-00001-of-00002.safetensors", 0, 2),
-        ("model-00002-of-00002.safetensors", 2, 3),
-    ]:
-        part = weight[begin:end]
+    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    files = {"state.json": {"size": 2, "head": 2, "crc32": crc(b"{}")}}
+    heads = {}
+    for file, part in [(first, weight[:2]), (second, weight[2:])]:
         header, _ = encode_header({"weight": part})
         (folder / file).write_bytes(header + bits(part))
-        size = len(header) + part.nbytes
-        manifest["files"][file] = {"size": size, "header_size": len(header), "header_crc32": zlib.crc32(header)}
-        slices.append({"file": file, "offsets": [begin, 0], "shape": list(part.shape), "crc32": zlib.crc32(bits(part))})
-    manifest["tensors"] = {"model": {"weight": {"dtype": "F32", "shape": [3, 2], "slices": slices}}}
+        files[file] = {"size": len(header) + part.nbytes, "head": len(header), "crc32": crc(header)}
+        heads[file] = len(header)
+    slices = [
+        {
+            "file": file,
+            "begin": heads[file] + skipped,
+            "offsets": [row, 0],
+            "shape": [1, 2],
+            "crc32": crc(bits(weight[row])),
+        }
+        for file, row, skipped in [(first, 0, 0), (first, 1, 8), (second, 2, 0)]
+    ]
+    tensors = {"model": {"weight": {"dtype": "F32", "shape": [3, 2], "slices": slices}}}
+    manifest = {"format": 2, "step": 4, "files": files, "tensors": tensors}
     (folder / "manifest.json").write_bytes(encode_manifest(manifest))
     loaded = load_latest(tmp_path)
     assert loaded is not None and torch.equal(loaded.tensors["model"]["weight"], weight)
+    # the second column alone, as a rank of a tensor-parallel run would want it
+    column = load_latest(tmp_path, wanted=lambda group, name, shape: Region(shape, (0, 1), (3, 1)))
+    assert column is not None and column.tensors["model"]["weight"].tolist() == [[1.0], [3.0], [5.0]]
+    assert column.shapes == {"model": {"weight": (3, 2)}}
 
 
-def test_a_newer_format_is_refused_by_name_and_not_passed_over(tmp_path):
+@pytest.mark.parametrize("number", [1, 3])
+def test_another_format_is_refused_by_name_and_not_passed_over(tmp_path, number):
     Checkpointer(tmp_path, keep=1).save(3, tensors_of(3), {}, wait=True)
     (tmp_path / "checkpoint-4").mkdir()
-    (tmp_path / "checkpoint-4" / "manifest.json").write_bytes(encode_manifest({"format": 2, "step": 4}))
-    with pytest.raises(ResumeError, match=r"checkpoint-4: manifest\.json: format 2; this version of Burnish reads"):
+    (tmp_path / "checkpoint-4" / "manifest.json").write_bytes(encode_manifest({"format": number, "step": 4}))
+    message = rf"checkpoint-4: manifest\.json: format {number}; this version of Burnish reads format 2"
+    with pytest.raises(ResumeError, match=message):
         load_latest(tmp_path)
 
 
 def test_the_manifest_is_json(tmp_path):
     Checkpointer(tmp_path, keep=1).save(7, tensors_of(7), {}, wait=True)
     manifest = json.loads((tmp_path / "checkpoint-7" / "manifest.json").read_text())
-    assert (manifest["format"], manifest["step"]) == (1, 7)
+    assert (manifest["format"], manifest["step"]) == (2, 7)
+    assert manifest["files"]["state.json"] == {"size": 2, "head": 2, "crc32": crc(b"{}")}
     # arange(6).reshape(2, 3) + 7, little-endian float32
-    crc32 = zlib.crc32(torch.arange(7.0, 13.0).numpy().astype("<f4").tobytes())
+    data = torch.arange(7.0, 13.0).numpy().astype("<f4").tobytes()
+    head = manifest["files"]["model.safetensors"]["head"]
     assert manifest["tensors"]["model"]["embed.weight"] == {
         "dtype": "F32",
         "shape": [2, 3],
-        "slices": [{"file": "model.safetensors", "offsets": [0, 0], "shape": [2, 3], "crc32": crc32}],
+        "slices": [
+            {"file": "model.safetensors", "begin": head, "offsets": [0, 0], "shape": [2, 3], "crc32": crc(data)}
+        ],
     }
+    assert (tmp_path / "checkpoint-7" / "model.safetensors").read_bytes()[head : head + 24] == data
+
+
+def forged(folder, change) -> None:
+    """A manifest that somebody changed and sealed again."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["crc32"]
+    change(manifest)
+    path.write_bytes(encode_manifest(manifest))
+
+
+def a_slice(manifest) -> dict:
+    return manifest["tensors"]["model"]["embed.weight"]["slices"][0]
+
+
+FORGERIES = {
+    "a file beside the run": lambda m: m["files"].update({"../secret": m["files"]["state.json"]}),
+    "an absolute file": lambda m: m["files"].update({"/etc/passwd": m["files"]["state.json"]}),
+    "more than the file holds": lambda m: m["tensors"]["model"]["embed.weight"].update(shape=[2, 3_000_000_000]),
+    "a slice outside of the tensor": lambda m: a_slice(m).update(offsets=[1, 0]),
+    "a slice twice": lambda m: m["tensors"]["model"]["embed.weight"].update(
+        slices=2 * [a_slice(m) | {"shape": [1, 3]}]
+    ),
+    "no slice": lambda m: m["tensors"]["model"]["embed.weight"].update(slices=[]),
+    "bytes of the header": lambda m: a_slice(m).update(begin=0),
+    "bytes behind the end": lambda m: a_slice(m).update(begin=1 << 40),
+    "an unknown type": lambda m: m["tensors"]["model"]["embed.weight"].update(dtype="PICKLE"),
+    "a missing field": lambda m: a_slice(m).pop("crc32"),
+    "a list for a file": lambda m: m["files"].update({"state.json": [1]}),
+    "no state": lambda m: m["files"].pop("state.json"),
+}
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_a_manifest_that_makes_no_sense_is_rejected_before_anything_is_allocated(tmp_path, forgery):
+    checkpointer = Checkpointer(tmp_path, keep=2)
+    for step in (3, 4):
+        checkpointer.save(step, tensors_of(step), {}, wait=True)
+    forged(tmp_path / "checkpoint-4", lambda manifest: None)
+    loaded = load_latest(tmp_path)
+    assert loaded is not None and loaded.step == 4
+    forged(tmp_path / "checkpoint-4", FORGERIES[forgery])
+    loaded = load_latest(tmp_path)
+    assert loaded is not None and loaded.step == 3
+    assert loaded.rejected[0].startswith("checkpoint-4: manifest.json: "), loaded.rejected
 
 
 class Slow(Storage):
@@ -145,30 +214,30 @@ def test_training_may_change_the_tensors_while_they_are_written(tmp_path):
     checkpointer.close()
 
 
-class HeldBack(dict):
-    """Tensors that the copying thread gets when it is let."""
+class HeldBack(Staging):
+    """Copies when it is let."""
 
-    def __init__(self, tensors) -> None:
-        super().__init__(tensors)
+    def __init__(self) -> None:
+        super().__init__()
         self.let = threading.Event()
 
-    def items(self):
+    def copy(self, pieces, ready):
         assert self.let.wait(20)
-        return super().items()
+        return super().copy(pieces, ready)
 
 
 def test_with_overlap_save_returns_at_once_and_the_optimizer_waits_for_the_copy(tmp_path):
     weight = torch.nn.Parameter(torch.zeros(3))
     weight.grad = torch.ones(3)
     optimizer = torch.optim.SGD([weight], lr=1.0)
-    checkpointer = Checkpointer(tmp_path, keep=1)
+    staging, seen = HeldBack(), []
+    checkpointer = Checkpointer(tmp_path, keep=1, staging=staging)
     checkpointer.overlap(optimizer)
-    tensors, seen = HeldBack({"w": weight}), []
-    checkpointer.save(1, {"model": tensors}, {})
+    checkpointer.save(1, {"model": {"w": weight}}, {})
 
     def let() -> None:
         seen.append(weight.tolist())
-        tensors.let.set()
+        staging.let.set()
 
     threading.Timer(0.2, let).start()
     optimizer.step()
@@ -216,7 +285,7 @@ def test_a_full_disk_is_seen_before_writing():
     assert isinstance(saved, Saved) and (saved.step, saved.num_bytes) == (10, 32)
     assert isinstance(failed, SaveFailed) and failed.step == 20
     assert "No space left on device" in failed.reason and "MiB free" in failed.reason
-    assert disk.operations == written
+    assert disk.operations == written + 1, "the folder was synced, nothing written"
     disk.free += 1
     checkpointer.save(30, tensors_of(30), {}, wait=True)
     loaded = checkpointer.load_latest()

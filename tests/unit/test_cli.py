@@ -44,7 +44,7 @@ def test_help_lists_the_commands_in_the_order_of_use(capsys):
     lines = capsys.readouterr().out.split("COMMAND")[-1].splitlines()
     # The help of a long name wraps to a line of its own.
     names = [line.split()[0] for line in lines if line.startswith("    ") and line[4] != " "]
-    assert names == ["train", "check", "data", "verify", "export", "generate", "cache-teacher", "recipes"]
+    assert names == ["train", "check", "data", "verify", "export", "generate", "chaos", "cache-teacher", "recipes"]
 
 
 def test_the_version(capsys):

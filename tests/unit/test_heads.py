@@ -21,6 +21,7 @@ from burnish.model.heads.multi import Multi
 from burnish.model.heads.scalar import Scalar
 from burnish.model.load import load_model
 from burnish.model.policy_model import PolicyModel
+from burnish.model.shards import gathered
 from burnish.recipe import load_recipe
 from burnish.types import Block, NewTokens, last_tokens
 from tests import tiny_run
@@ -139,7 +140,7 @@ def test_new_tokens_have_rows_to_train_in_the_embedding_alone(tmp_path: Path) ->
         model = load_model(config, mesh, seed=0, new_tokens=NewTokens(96, ((5, 6), ())))
     names = {name for name, _ in model.trainable_parameters() if ".lora_" not in name}
     assert names == {"model.embed_tokens.new_rows", "score.weight"}
-    written = classifier_tensors(model)
+    written = gathered(classifier_tensors(model))
     assert written["model.embed_tokens.weight"].shape == (98, 32) and "lm_head.weight" not in written
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from burnish.workflows.base import means
+from burnish.workflows.run import means
 
 
 def test_what_did_not_occur_is_not_said_and_a_loss_over_nothing_is_0() -> None:

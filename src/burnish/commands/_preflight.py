@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import shutil
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from burnish.commands._advice import short_rows, small_step
-from burnish.commands._rows import batches, is_table
-from burnish.errors import DataError, UserError
+from burnish.commands._rows import Seen, batches, is_table
+from burnish.errors import UserError
 from burnish.launch.run_folder import require_tokens, saved_recipe
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-    from burnish.commands._sizes import NumParameters
+    from burnish.commands._at_scale import Stated
     from burnish.data.renderers.base import LiveRenderer
     from burnish.data.sources.base import RowShards, RowTable, Source
-    from burnish.launch.local import Texts
+    from burnish.launch.choose import DeviceFacts
+    from burnish.launch.texts import Texts
     from burnish.model.config import ModelConfig
+    from burnish.model.plan import Plan, Work
     from burnish.policy.answers import Answers
     from burnish.recipe import Recipe
-    from burnish.types import NewTokens, Rendered
+    from burnish.types import NewTokens
 
 MAX_REFUSALS = 20
 """Bad rows shown for each source; the rest is a number."""
@@ -54,47 +55,27 @@ class Finding:
         return {"stage": self.stage, "verdict": self.verdict, "text": self.text, "cure": self.cure}
 
 
-@dataclass(slots=True)
-class Seen:
-    """What rendering the rows of one source showed."""
-
-    num_rows: int = 0
-    num_untrained: int = 0
-    lengths: list[int] = field(default_factory=list)
-    """Tokens of each group that would be trained on."""
-    longest: int = 0
-    """Tokens of the longest document."""
-    beyond_row: list[int] = field(default_factory=list)
-    """Tokens of each group that was cut or dropped because a packed row is shorter."""
-    fates: Counter[str] = field(default_factory=Counter)
-    refusals: list[DataError] = field(default_factory=list)
-
-    def add(self, rendered: Rendered | DataError) -> None:
-        """Counts one row."""
-        from burnish.data.length import longest_document
-
-        self.num_rows += 1
-        if isinstance(rendered, DataError):
-            self.refusals.append(rendered)
-            return
-        self.fates += rendered.fates
-        if rendered.refusal is not None:
-            self.refusals.append(rendered.refusal)
-            return
-        if any("packed row" in fate for fate in rendered.fates):
-            self.beyond_row.append(rendered.fates.total() - rendered.fates["truncated"])
-        if rendered.group is not None:
-            self.lengths.append(len(rendered.group))
-            self.longest = max(self.longest, longest_document(rendered.group))
-            self.num_untrained += not any(sample.loss_mask.any() for sample in rendered.group.samples)
-
-
 class Preflight:
     """A recipe whose schema is clean, on its way to a verdict."""
 
-    def __init__(self, recipe: Recipe, num_rows: int | None) -> None:
-        """`num_rows`: how many rows of each source are rendered; None: all."""
+    def __init__(
+        self,
+        recipe: Recipe,
+        num_rows: int | None,
+        world_size: int = 1,
+        device: DeviceFacts | None = None,
+        stated: Stated | None = None,
+    ) -> None:
+        """
+        Args:
+            num_rows: how many rows of each source are rendered; None: all.
+            world_size: ranks that it would run on.
+            device: what each of them computes on; None: what this process would.
+            stated: what is taken for granted of the checkpoints' store and of failures.
+        """
         self.recipe, self.num_rows = recipe, num_rows
+        self.world_size, self.stated = world_size, stated
+        self._device, self._elsewhere = device, device is not None
         train = {f"data.train.{i}": source for i, source in enumerate(recipe.data.train)}
         self.sources: dict[str, Source] = train | {f"data.eval.{i}": s for i, s in enumerate(recipe.data.eval)}
         self.tables: dict[str, RowTable | RowShards] = {}
@@ -113,6 +94,7 @@ class Preflight:
         """Every line of the report, in the order of what it costs to find out."""
         yield from self.run_folder()
         yield from self.files()
+        yield from self.choices()
         yield from self.model()
         yield from self.masks()
         yield from self.batches()
@@ -148,6 +130,30 @@ class Preflight:
             self.tables[name] = table
             size = f"{len(table):,} rows" if is_table(table) else f"{table.num_shards} shards, streamed"
             yield Finding("files", "ok", f"{name}: {getattr(source, 'path', source.type)}, {size}")
+
+    @property
+    def device(self) -> DeviceFacts:
+        """What a rank computes on. Imports torch."""
+        from burnish.launch.choose import device_facts
+
+        self._device = self._device or device_facts(self.world_size)
+        return self._device
+
+    def choices(self) -> Iterator[Finding]:
+        """What `auto` stands for. Where that cannot be told, the rest is looked at with the defaults."""
+        from burnish.launch.choose import asks, choose, without_choice
+
+        if not asks(self.recipe):
+            return
+        try:
+            saved = saved_recipe(Path(self.recipe.run_dir))
+            self.recipe, lines = choose(self.recipe, self.world_size, self.device, saved)
+        except UserError as error:
+            self.recipe = without_choice(self.recipe)
+            yield Finding.refusal("auto", error)
+            return
+        for line in lines:
+            yield Finding("auto", "ok", line)
 
     def model(self) -> Iterator[Finding]:
         """Whether model and tokenizer are there and agree."""
@@ -191,8 +197,8 @@ class Preflight:
 
     def masks(self) -> Iterator[Finding]:
         """Renders rows of every source: what is trained, what does not fit, what cannot be used."""
-        from burnish.launch.local import Texts
         from burnish.launch.second import student_of
+        from burnish.launch.texts import Texts
         from burnish.model.load import require_embeddings
 
         if self.tokenizer is None:
@@ -311,39 +317,66 @@ class Preflight:
         """What it takes on disk and in memory."""
         if self.hf_config is None:
             return
-        from burnish.commands import _sizes
+        from burnish.commands import _at_scale, _sizes
+        from burnish.model.plan import plan
 
+        assert self.recipe.mesh != "auto"
+        sizes = self.recipe.mesh.sizes(self.world_size)
         try:
-            num_parameters = _sizes.count_parameters(self.recipe.model, self.hf_config, self.new_tokens)
+            laid_out = plan(self.recipe.model, self.hf_config, sizes, self._work, self.new_tokens)
         except UserError as error:
             yield Finding.refusal("model", error)
             return
-        yield Finding("model", "ok", f"{num_parameters.all:,} parameters, {num_parameters.trained:,} of them trained")
-        need = _sizes.disk_bytes(self.recipe, num_parameters)
+        counts = f"{laid_out.num_parameters:,} parameters, {laid_out.num_trained:,} of them trained"
+        yield Finding("model", "ok", counts)
+        need = _sizes.disk_bytes(self.recipe, laid_out)
         folder = Path(self.recipe.run_dir).absolute()
         existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
         free = shutil.disk_usage(existing).free
-        what = f"{self.recipe.checkpoint.keep + 1} checkpoints and the export"
+        stored = self.recipe.checkpoint.store is not None
+        what = "the export" if stored else f"{self.recipe.checkpoint.keep + 1} checkpoints and the export"
         text = f"{_sizes.show(need)} for {what}, {_sizes.show(free)} free"
         cure = "free some, give run_dir on another disk, or lower checkpoint.keep"
-        yield Finding("disk", "refused", text, cure) if need > free else Finding("disk", "ok", text)
-        yield from self._memory(num_parameters)
+        short = "warning" if self._elsewhere else "refused"  # a plan for other machines is for their disks too
+        yield Finding("disk", short, text, cure) if need > free else Finding("disk", "ok", text)
+        if self.world_size > 1:
+            yield Finding("mesh", "ok", _at_scale.layout(laid_out))
+        yield from self._memory(laid_out)
+        if self.world_size > 1:
+            for text in _at_scale.traffic(self.recipe, laid_out):
+                yield Finding("traffic", "ok", text)
+            for stage, text in _at_scale.recovery(self.recipe, laid_out, self.stated or _at_scale.Stated()):
+                yield Finding(stage, "ok", text)
 
-    def _memory(self, num_parameters: NumParameters) -> Iterator[Finding]:
+    @property
+    def _work(self) -> Work:
+        from burnish.model.plan import Work
+
+        row_length = self.recipe.data.packing.tokens_per_row(self.recipe.data.max_length)
+        return Work(self.recipe.global_batch_size, self.recipe.micro_batch_size, row_length)
+
+    def _memory(self, laid_out: Plan) -> Iterator[Finding]:
         from burnish.commands import _sizes
+        from burnish.launch.choose import HOST_BYTES
         from burnish.model.load import load_config
+        from burnish.model.plan import plan
 
-        assert self.hf_config is not None
-        parts = _sizes.memory_bytes(self.recipe, self.hf_config, num_parameters)
+        assert self.recipe.model.activation_checkpointing != "auto"
+        parts = laid_out.memory(self.recipe.model.activation_checkpointing)
         if self.beside is not None:
-            count, size = _sizes.count_parameters(self.beside, load_config(self.beside)).all, self.beside.dtype
-            parts["second"] = (count * _sizes.DTYPE_BYTES[size], f"{count:,} frozen in {size}, of {self.beside.name}")
-        place, available = _sizes.available_memory()
+            beside = plan(self.beside, load_config(self.beside), laid_out.sizes, self._work, frozen=True)
+            said = f"{beside.num_parameters:,} frozen in {self.beside.dtype}, of {self.beside.name}"
+            parts["second"] = (beside.memory("none")["weights"][0], said)
+        if self.device.is_host:
+            parts["process"] = (HOST_BYTES, "Python, torch and transformers")
         need = sum(size for size, _ in parts.values())
         for name, (size, formula) in parts.items():
             yield Finding("memory", "ok", f"{name:12} {_sizes.show(size):>9}  {formula}")
-        text = f"about {_sizes.show(need)} on each rank; {place} has {_sizes.show(available)}"
-        cure = "lower micro_batch_size or data.packing.row_length, or model.activation_checkpointing: full"
+        available = self.device.memory_bytes
+        text = f"about {_sizes.show(need)} on each rank; {self.device.name} has {_sizes.show(available)}"
+        cure = (
+            "more ranks, a lower micro_batch_size or data.packing.row_length, or `model.activation_checkpointing: auto`"
+        )
         yield Finding("memory", "warning", text, cure) if need > available else Finding("memory", "ok", text)
 
 

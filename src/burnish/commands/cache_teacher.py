@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from functools import partial
 
 from burnish.errors import EXIT_DONE, UserError
@@ -18,14 +19,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes `workflow.teacher.cache` anew; what was there before stays until all is written."""
-    from burnish.launch.local import open_texts, refuse_many_ranks
     from burnish.launch.second import student_of, surroundings
+    from burnish.launch.texts import open_texts
     from burnish.mesh import open_mesh
     from burnish.model.fresh import for_tokenizer
     from burnish.policy.second import Teacher
     from burnish.recipe import load_recipe
 
-    refuse_many_ranks()
+    if (ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise UserError(
+            f"a teacher is asked by one process, and this is one of {ranks}",
+            where="WORLD_SIZE",
+            cure="start it without torchrun; CUDA_VISIBLE_DEVICES chooses its GPU",
+        )
     recipe = load_recipe(args.recipe, args.overrides)
     teacher = recipe.workflow.second()
     if not isinstance(teacher, Teacher):

@@ -9,10 +9,14 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from burnish.commands._arguments import count
+from burnish.commands._arguments import count, positive
 
 if TYPE_CHECKING:
+    from burnish.commands._at_scale import Stated
     from burnish.commands._preflight import Finding
+    from burnish.launch.choose import DeviceFacts
+
+GPUS_A_NODE = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--all", action="store_true", help="render every row: nothing is refused in mid-run")
     parser.add_argument("--schema", action="store_true", help="print the JSON Schema of a recipe, for editors")
+    parser.add_argument(
+        "--world-size", type=count, metavar="N", help="plan for N ranks (default: as it would run here)"
+    )
+    parser.add_argument("--device-gb", type=positive, metavar="GB", help="of GPUs that are not here, 8 in a node")
+    parser.add_argument("--store-gbs", type=positive, metavar="GB/S", help="where checkpoints go (default 5)")
+    parser.add_argument(
+        "--device-hours", type=positive, metavar="H", help="between two failures of a GPU (default 50,000)"
+    )
     parser.add_argument("--json", action="store_true", help="the report as JSON")
     parser.set_defaults(usage_error=parser.error)
 
@@ -57,13 +69,29 @@ def run(args: argparse.Namespace) -> int:
 def _findings(args: argparse.Namespace) -> Iterator[Finding]:
     from burnish.commands._preflight import Finding, Preflight
     from burnish.errors import RecipeError
+    from burnish.launch.layout import world_size
     from burnish.recipe import load_recipe
 
     try:
-        recipe = load_recipe(args.recipe, args.overrides)
+        recipe = load_recipe(args.recipe, args.overrides, ranks=args.world_size or "all")
     except RecipeError as error:
         for problem in error.problems:
             yield Finding.refusal("schema", problem)
         return
     yield Finding("schema", "ok", "every key is known, and the parts fit together")
-    yield from Preflight(recipe, None if args.all else args.rows).findings()
+    ranks = args.world_size or world_size(recipe)
+    yield from Preflight(recipe, None if args.all else args.rows, ranks, _device(args), _stated(args)).findings()
+
+
+def _device(args: argparse.Namespace) -> DeviceFacts | None:
+    from burnish.launch.choose import DeviceFacts
+
+    if args.device_gb is None:
+        return None
+    return DeviceFacts(f"a GPU of {args.device_gb:g} GB", int(args.device_gb * 2**30), True, GPUS_A_NODE)
+
+
+def _stated(args: argparse.Namespace) -> Stated:
+    from burnish.commands._at_scale import STORE_GBS, Stated
+
+    return Stated(args.store_gbs or STORE_GBS, args.device_hours)

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Shows samples one by one, or pair by pair, then the ledger of their packed rows, even where a row was refused."""
     from burnish.data.stream import eval_blocks, open_stream
-    from burnish.launch.local import open_texts
+    from burnish.launch.texts import open_texts
     from burnish.recipe import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)

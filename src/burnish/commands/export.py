@@ -19,9 +19,11 @@ def run(args: argparse.Namespace) -> int:
     """Exports the newest intact checkpoint of a run, reads it back and says how far its logits are."""
     import torch
 
-    from burnish.launch.local import mark_steps, open_texts
+    from burnish.launch.rank import mark_steps
     from burnish.launch.run_folder import require_tokens
     from burnish.launch.second import student_of
+    from burnish.launch.stored_run import place_of
+    from burnish.launch.texts import open_texts
     from burnish.mesh import open_mesh
     from burnish.model.export import export
     from burnish.model.fresh import for_tokenizer
@@ -34,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     if to.exists():
         raise UserError("the folder exists already", where=str(to), cure="name another, or remove it")
     recipe = load_recipe(folder)
-    loaded = load_latest(folder)
+    loaded = load_latest(place_of(recipe.checkpoint.store, folder))
     if loaded is None:
         raise UserError("the run has no checkpoint yet", where=str(folder), cure=f"burnish train {folder}")
     for reason in loaded.rejected:

@@ -18,5 +18,5 @@ def run(args: argparse.Namespace) -> int:
     """Runs the recipe to its end, or until it is stopped; the same command goes on from there."""
     from burnish.recipe import load_recipe
 
-    recipe = load_recipe(args.recipe, args.overrides)
+    recipe = load_recipe(args.recipe, args.overrides, ranks="all")
     return recipe.launch.run(recipe, json_lines=args.json)

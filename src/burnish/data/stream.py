@@ -59,14 +59,20 @@ class Stream:
     """
 
     def __init__(
-        self, kitchen: Kitchen, data: DataConfig, num_samples: int | None, rank: int = 0, world_size: int = 1
+        self,
+        kitchen: Kitchen,
+        data: DataConfig,
+        num_samples: int | None,
+        rank: int = 0,
+        world_size: int = 1,
+        together: int = 1,
     ) -> None:
         self._kitchen, self._data, self._num_samples = kitchen, data, num_samples
-        self._rank, self._world_size = rank, world_size
+        self._rank, self._world_size, self._together = rank, world_size, together
         self._row_length = data.packing.tokens_per_row(data.max_length)
         # A finite run packs at its end what all lanes hold together, so there every rank makes all rows.
         self._stride = world_size if num_samples is None else 1
-        self._lanes = range(rank if num_samples is None else 0, data.packing.lanes, self._stride)
+        self._lanes = [lane for lane in range(data.packing.lanes) if num_samples is not None or self._owns(lane)]
         self._names = [f"data.train.{source}" for source in range(len(data.train))]
         self._ledger = Ledger(self._names, self._row_length)
         self._states: dict[int, dict[str, Any]] = {}
@@ -125,12 +131,15 @@ class Stream:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Goes on behind what `state` had consumed; before the first take.
+        """Goes on behind what `state` had consumed; what was made ahead is thrown away.
 
         Raises:
             ResumeError: a source has another number of rows, or of shards, than it had.
         """
-        assert self._prefetch is None, "load after take"
+        if self._prefetch is not None:
+            self._prefetch.close()
+            self._prefetch = None
+        self._ready.clear()
         for name, before, feed in zip(self._names, state["extents"], self._kitchen.feeds, strict=True):
             if before != feed.extent:
                 raise ResumeError(
@@ -141,6 +150,7 @@ class Stream:
         self._blocks, self._tail, self._samples = state["blocks"], state["tail"], state["samples"]
         self._over = state["over"]
         self._states = {int(lane): kept for lane, kept in state["lanes"].items() if int(lane) in self._lanes}
+        self._ledger = Ledger(self._names, self._row_length)
         if self._rank == 0:  # the ranks' ledgers add up to the run's
             self._ledger.load(state["ledger"])
 
@@ -148,15 +158,27 @@ class Stream:
         """Share of all samples that was consumed, over all ranks; None where the run has no last sample."""
         return None if self._num_samples is None else self._samples / self._num_samples
 
-    def ledger(self) -> dict[str, Any]:
-        """Where the consumed tokens went, on this rank: see `Ledger.report`."""
-        return self._ledger.report()
+    def ledger_state(self) -> dict[str, Any]:
+        """Where the tokens that this rank consumed went."""
+        return self._ledger.state()
+
+    def ledger(self, states: Sequence[dict[str, Any]] | None = None) -> dict[str, Any]:
+        """Where the consumed tokens went, by the `ledger_state` of all ranks, or of this one: see `Ledger.report`."""
+        if states is None:
+            return self._ledger.report()
+        together = Ledger(self._names, self._row_length)
+        together.load(add_states(states))
+        return together.report()
 
     def close(self) -> None:
         """Ends the background threads."""
         self._kitchen.close()
         if self._prefetch is not None:
             self._prefetch.close()
+
+    def _owns(self, row: int) -> bool:
+        """Rows are dealt to the ranks in turn, `together` at a time."""
+        return row // self._together % self._world_size == self._rank
 
     def _wait(self, count: int) -> None:
         """Brings `count` items to `_ready`, or all that are left."""
@@ -194,10 +216,13 @@ class Stream:
         lanes = {
             lane: Lane(lane, self._kitchen, self._data, self._num_samples, states.get(lane)) for lane in self._lanes
         }
-        row += self._lanes.start
-        while (packed := lanes[row % self._data.packing.lanes].next()) is not None:
-            yield self._made(row, packed)
-            row += self._stride
+        while True:
+            if self._stride == 1 or self._owns(row):
+                packed = lanes[row % self._data.packing.lanes].next()
+                if packed is None:
+                    break
+                yield self._made(row, packed)
+            row += 1
         rows, dropped = _tail(lanes.values(), self._row_length)
         if row == 0 and not rows:
             fates = sorted({fate for entry in dropped for fate in entry.rendered.fates})
@@ -213,7 +238,7 @@ class Stream:
 
     def _made(self, row: int, packed: Packed) -> Made:
         groups = [entry.group for entry in packed.entries]
-        own = row % self._world_size == self._rank
+        own = self._owns(row)
         return Made(
             layout(groups, self._row_length, max_documents(self._row_length)) if own else None,
             row % self._data.packing.lanes if packed.state else -1,
@@ -269,11 +294,14 @@ def open_stream(
     num_epochs: int | None,
     rank: int = 0,
     world_size: int = 1,
+    together: int = 1,
     accept: Accept | None = None,
 ) -> Stream:
     """Opens the training sources. Nothing is rendered before the first `take`.
 
     Args:
+        rank, world_size: of the ranks that share the rows.
+        together: rows that go to one rank, next to each other in the run.
         accept: raises DataError for a group that the run cannot use: its row is refused when it is reached.
         num_epochs: the run ends after this many times the rows of all sources together, drawn by the sources' weights:
             with weights 1 and 1, sources of 900 and 100 rows give 500 samples each an epoch. None: it never ends.
@@ -281,11 +309,12 @@ def open_stream(
     Raises:
         DataError: a file is missing or empty, `num_epochs` with a streamed source, ranks that do not divide the lanes.
     """
-    if data.packing.lanes % world_size:
+    if world_size > 1 and data.packing.lanes % (world_size * together):
+        each = f" of {together} rows at a time" if together > 1 else ""
         raise DataError(
-            f"{world_size} ranks do not divide {data.packing.lanes} lanes",
+            f"{world_size} ranks{each} do not divide {data.packing.lanes} lanes",
             where="data.packing.lanes",
-            cure=f"set it to a multiple of {world_size}",
+            cure=f"set it to a multiple of {world_size * together}",
         )
     feeds = []
     for number, source in enumerate(data.train):
@@ -301,7 +330,7 @@ def open_stream(
             )
         feeds.append(ShardFeed(number, opened, seed, data.shuffle, data.packing.lanes))
     num_samples = None if num_epochs is None else num_epochs * sum(feed.num_rows for feed in feeds)
-    return Stream(Kitchen(feeds, data, renderer, accept), data, num_samples, rank, world_size)
+    return Stream(Kitchen(feeds, data, renderer, accept), data, num_samples, rank, world_size, together)
 
 
 def eval_blocks(

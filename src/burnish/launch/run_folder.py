@@ -7,6 +7,7 @@
       metrics.jsonl       one object a step            (metrics_file.py)
       events.jsonl        resumes, failed saves, skipped steps: {"time": ..., "event": ..., ...}
       ledger.json         where every token went
+      rollbacks.json      steps that the run went back because of, if it did
       checkpoint-<step>/  (policy/checkpoint)
       model/              the export
 
@@ -34,6 +35,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._saved = lambda: saved_recipe(path)
         self._events = JsonLines(path / "events.jsonl")
 
     def recipe(self) -> dict[str, Any] | None:
@@ -41,7 +43,11 @@ class RunFolder:
 
         See `saved_recipe`.
         """
-        return saved_recipe(self.path)
+        return self._saved()
+
+    def look_elsewhere(self, saved: dict[str, Any] | None) -> None:
+        """The checkpoints are in a store, with this recipe; None: it has none."""
+        self._saved = lambda: saved
 
     def write_recipe(self, resolved: Mapping[str, Any]) -> None:
         """Writes `recipe.json`: at the first start, and again when a resume changes what it may change."""
@@ -55,6 +61,15 @@ class RunFolder:
             write_atomically(self.path / "tokens.json", json.dumps(facts).encode() + b"\n")
         else:
             require_tokens(self.path, facts)
+
+    def rollbacks(self) -> dict[str, Any]:
+        """What `write_rollbacks` kept of the run that goes on; empty for a run that begins."""
+        path = self.path / "rollbacks.json"
+        return json.loads(path.read_bytes()) if path.exists() and self.recipe() is not None else {}
+
+    def write_rollbacks(self, listed: Mapping[str, Any]) -> None:
+        """Steps whose rows a rollback passes over, on the disk when this returns. Raises OSError."""
+        write_atomically(self.path / "rollbacks.json", json.dumps(listed).encode() + b"\n")
 
     def event(self, kind: str, **facts: Any) -> None:
         """Appends to `events.jsonl`; on the disk when this returns, kept in memory where a full disk refuses it."""

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from burnish.data.renderers.base import LiveRenderer
-    from burnish.launch.local import Texts
+    from burnish.launch.texts import Texts
     from burnish.mesh import Mesh
     from burnish.policy.agreement import Student
     from burnish.policy.second import Surroundings

@@ -15,9 +15,13 @@ class StopSignals:
 
     >>> with StopSignals() as stop:
     ...     stop.requested()      # None, or "SIGTERM"
+
+    Args:
+        silent: does not say that a signal came: another rank does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, silent: bool = False) -> None:
+        self._silent = silent
         self._name: str | None = None
         self._interrupts = 0
         self._before: dict[signal.Signals, Any] = {}
@@ -39,7 +43,7 @@ class StopSignals:
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
             raise KeyboardInterrupt
-        if self._name is None:
-            self._name = signal.Signals(number).name
+        first, self._name = self._name is None, self._name or signal.Signals(number).name
+        if first and not self._silent:
             again = "; once more stops at once" if number == signal.SIGINT else ""
             os.write(2, f"{self._name}: stopping after this step, with a checkpoint{again}\n".encode())

@@ -11,7 +11,7 @@ Must not know recipes, losses or how a model was loaded.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,15 +21,18 @@ from burnish.errors import ModelError
 from burnish.model.kernels import sdpa, varlen
 from burnish.model.kernels.flex import flex_document_attention
 
+if TYPE_CHECKING:
+    from burnish.model.context_parallel import ContextParallel
+
 Kernel = Literal["auto", "sdpa", "varlen", "flex"]
 
 _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor documents, Tensor? sinks, float scale, int? window, float? softcap, "
-    "str kernel) -> (Tensor, Tensor)"
+    "str kernel, int first=0) -> (Tensor, Tensor)"
 )
 _BACKWARD_SCHEMA = (
     "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor documents, Tensor? sinks, "
-    "float scale, int? window, float? softcap, str kernel) -> (Tensor, Tensor, Tensor, Tensor)"
+    "float scale, int? window, float? softcap, str kernel, int first=0) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -44,11 +47,13 @@ def document_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     kernel: Kernel = "auto",
+    first: int = 0,
 ) -> Tensor:
     """Attention within the documents of one packed row of T tokens.
 
     Args:
-        q: [Hq, T, Dk], with Hq a multiple of Hkv (query heads of a group are neighbours).
+        q: [Hq, t, Dk], with Hq a multiple of Hkv (query heads of a group are neighbours); t is T but under context
+            parallel, see `first`.
         k: [Hkv, T, Dk]. v: [Hkv, T, Dv].
         documents: int32 [D, 4], see `types.Block`; entries with end <= start are unused. On the CPU it costs nothing to
             read; on a CUDA device `varlen` and `sdpa` wait for the device once a call.
@@ -57,17 +62,19 @@ def document_attention(
         softcap: scores become `softcap * tanh(score / softcap)` (Gemma 2, arXiv 2408.00118, section 2).
         sinks: [Hq], a learned logit a head, in the softmax's denominator only (gpt-oss).
         kernel: `auto` is `sdpa` on CPU and, on CUDA, `varlen` where it can and `sdpa` elsewhere.
+        first: the token that `q[:, 0]` is the query of: `q` may hold those of tokens first..first + t alone, and the
+            documents then lie within them, what stands before a cut document as its prefix.
 
     Returns:
-        [Hq, T, Dv], zero on padding. Strides are those of a dense [T, Hq, Dv].
+        [Hq, t, Dv], zero on padding. Strides are those of a dense [t, Hq, Dv].
 
     Raises:
         ModelError: the named kernel cannot do this (dtype, device, head width, soft cap).
     """
     kernel = _choose(kernel, q, v, softcap)
     if kernel == "flex":
-        return flex_document_attention(q, k, v, documents, sinks, scale, window, softcap)
-    return _attention(q, k, v, documents, sinks, scale, window, softcap, kernel)[0]
+        return flex_document_attention(q, k, v, documents, sinks, scale, window, softcap, first)
+    return _attention(q, k, v, documents, sinks, scale, window, softcap, kernel, first)[0]
 
 
 def visible_pairs(documents: Tensor, window: int | None = None) -> int:
@@ -119,9 +126,10 @@ def _attention(
     window: int | None,
     softcap: float | None,
     kernel: str,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """`document_attention` with the log-sum-exp [Hq, T] of the scores and the sink."""
-    out, lse = _KERNELS[kernel].forward(q, k, v, _in_use(documents), scale, window, softcap)
+    """`document_attention` with the log-sum-exp [Hq, t] of the scores and the sink."""
+    out, lse = _KERNELS[kernel].forward(q, k, v, _in_use(documents), scale, window, softcap, first)
     if sinks is not None:
         with_sink = torch.logaddexp(lse, sinks.to(lse.dtype).unsqueeze(1))
         out.mul_((lse - with_sink).exp().unsqueeze(-1))
@@ -140,6 +148,7 @@ def _(
     window: int | None,
     softcap: float | None,
     kernel: str,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor]:
     num_heads, num_tokens, _ = q.shape
     out = q.new_empty(num_tokens, num_heads, v.shape[-1]).transpose(0, 1)
@@ -160,13 +169,14 @@ def _attention_backward(
     window: int | None,
     softcap: float | None,
     kernel: str,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and sinks ([0] without sinks).
 
     A sink is a key whose value is zero, so its score's gradient is p_sink * (0 - grad_out . out), summed over queries.
     """
     layout = _in_use(documents)
-    dq, dk, dv = _KERNELS[kernel].backward(grad_out, q, k, v, out, lse, layout, scale, window, softcap)
+    dq, dk, dv = _KERNELS[kernel].backward(grad_out, q, k, v, out, lse, layout, scale, window, softcap, first)
     if sinks is None:
         return dq, dk, dv, lse.new_empty(0)
     p_sink = (sinks.to(lse.dtype).unsqueeze(1) - lse).exp()
@@ -188,6 +198,7 @@ def _(
     window: int | None,
     softcap: float | None,
     kernel: str,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     d_sinks = lse.new_empty(0) if sinks is None else torch.empty_like(sinks)
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), d_sinks
@@ -201,7 +212,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _differentiate(ctx: Any, grad_out: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # once: under activation checkpointing a second read is an error
     dq, dk, dv, d_sinks = _attention_backward(grad_out, *saved, *ctx.options)
-    return dq, dk, dv, None, d_sinks if saved[-1] is not None else None, None, None, None, None
+    return dq, dk, dv, None, d_sinks if saved[-1] is not None else None, None, None, None, None, None
 
 
 _attention.register_autograd(_differentiate, setup_context=_save)
@@ -235,7 +246,8 @@ def _backward_flops(
 def register() -> None:
     """Makes the operator known to transformers, as `attn_implementation="burnish"` (kernel `auto`) and
     `"burnish_sdpa"`, `"burnish_varlen"`, `"burnish_flex"`. The layout is then a keyword of the model's forward:
-    `model(input_ids [1, T], position_ids=[1, T], documents=[D, 4])`, and no mask is built.
+    `model(input_ids [1, T], position_ids=[1, T], documents=[D, 4])`, and no mask is built. With a `context_parallel`
+    the tokens are this rank's, and the documents those that it clipped.
 
     Source: transformers' `AttentionInterface` and `AttentionMaskInterface`.
     """
@@ -265,6 +277,7 @@ def _for_transformers(kernel: Kernel) -> Callable[..., tuple[Tensor, None]]:
         scaling: float,
         dropout: float = 0.0,
         documents: Tensor | None = None,
+        context_parallel: ContextParallel | None = None,
         sliding_window: int | None = None,
         softcap: float | None = None,
         s_aux: Tensor | None = None,
@@ -291,16 +304,21 @@ def _for_transformers(kernel: Kernel) -> Callable[..., tuple[Tensor, None]]:
             if wrong:
                 raise _refusal(type(module).__name__, reason)
         assert documents is not None
+        k, v, first = key[0], value[0], 0
+        if context_parallel is not None:
+            k, v = context_parallel.gather(k, v)
+            first = context_parallel.rank * query.shape[2]
         out = document_attention(
             query[0],
-            key[0],
-            value[0],
+            k,
+            v,
             documents,
             scale=scaling,
             window=sliding_window,
             softcap=softcap,
             sinks=s_aux,
             kernel=kernel,
+            first=first,
         )
         return out.transpose(0, 1).unsqueeze(0), None
 

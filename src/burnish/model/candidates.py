@@ -23,14 +23,14 @@ def candidate_logits(
     num_tokens = ids_n.shape[0]
     ids_U, place = torch.cat([ids_n, candidates_K]).unique(return_inverse=True)
     wide = wide_dtype(hidden_nH)
-    rows_UH, hidden_nH = weight.index_select(0, ids_U).to(wide), hidden_nH.to(wide)
+    rows_UH, hidden_nH = head.shard.rows(weight, ids_U).to(wide), hidden_nH.to(wide)
     own_n = (hidden_nH * rows_UH.index_select(0, place[:num_tokens])).sum(1)
     logits = torch.cat([own_n[:, None], hidden_nH @ rows_UH.index_select(0, place[num_tokens:]).t()], 1)
     if bias is not None:
-        bias_U = bias.index_select(0, ids_U).to(wide)
+        bias_U = head.shard.rows(bias, ids_U).to(wide)
         shared_nK = bias_U[place[num_tokens:]].expand(num_tokens, -1)
         logits = logits + torch.cat([bias_U[place[:num_tokens], None], shared_nK], 1)
-    logits = logits * head.logit_scale
+    logits = head.shard.total(logits) * head.logit_scale
     if head.softcap is not None:
         logits = torch.tanh(logits / head.softcap) * head.softcap
     return logits / head.temperature
@@ -57,24 +57,25 @@ def ranks(
     """
     memory = head.buffer(hidden_nH, 1)[0]
     ranks_n = hidden_nH.new_zeros(ids_n.shape[0], dtype=wide_dtype(hidden_nH))
-    absent = None if ranking.among is None else _absent(ranking.among, head.vocab_size)
+    absent = None if ranking.among is None else _absent(ranking.among, head)
     for rows in head.slices(ids_n.shape[0]):
         z, _ = head.logits(hidden_nH[rows], weight, bias, memory)
         ids_c1 = ids_n[rows, None]
-        own_c1 = z.gather(1, ids_c1)
+        (own_c1,) = head.shard.sum(head.shard.pick(z, ids_c1))
         if absent is not None:
             z.masked_fill_(absent, -torch.inf)
         if ranking.exclude_seen:
-            z.scatter_(1, torch.where(_seen(block, read_n[rows]), block.token_ids, ids_c1), -torch.inf)
-        z.scatter_(1, ids_c1, -torch.inf)
+            head.shard.exclude(z, torch.where(_seen(block, read_n[rows]), block.token_ids, ids_c1))
+        head.shard.exclude(z, ids_c1)
         # Not `z > own`: beside a logit that is not a number nothing is larger, and a broken model would be perfect.
         ranks_n[rows] = (~(z <= own_c1)).sum(1) + 0.5 * (z == own_c1).sum(1)
-    return ranks_n
+    return head.shard.sum(ranks_n)[0]
 
 
-def _absent(among: Tensor, vocab_size: int) -> Tensor:
-    absent = torch.ones(vocab_size, dtype=torch.bool, device=among.device)
-    absent[: len(among)] = ~among[:vocab_size]
+def _absent(among: Tensor, head: Head) -> Tensor:
+    absent = torch.ones(head.vocab_size, dtype=torch.bool, device=among.device)
+    here = among[head.shard.first : head.shard.first + head.vocab_size]
+    absent[: len(here)] = ~here
     return absent
 
 

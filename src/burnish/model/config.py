@@ -59,12 +59,14 @@ class ModelConfig(Config):
     """Commit hash, branch or tag on the hub. A commit hash is required with `trust_remote_code`."""
     trust_remote_code: bool = False
     """Run Python code that ships with the model; only from the commit that `revision` names."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the weights in the forward and backward pass."""
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    """Precision of the weights in the forward and backward pass. `auto`: bfloat16 on a device that computes in it, else
+    float32."""
     attention: Literal["auto", "sdpa", "varlen", "flex"] = "auto"
     """Kernel under the document-masked attention operator. `auto`: per-document SDPA on CPU, varlen on CUDA."""
-    activation_checkpointing: Literal["none", "full", "selective"] = "none"
-    """Recompute each layer's activations in the backward pass; `selective` keeps matrix products and attention."""
+    activation_checkpointing: Literal["none", "full", "selective", "auto"] = "none"
+    """Recompute each layer's activations in the backward pass; `selective` keeps matrix products and attention. `auto`:
+    the least of none, selective and full that the predicted memory allows."""
     compile: Compile | None = None
     """Present: compile the layers."""
     adapter: Annotated[Adapter, OneOf("burnish.model.adapters")] | None = None

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from burnish.errors import ModelError
 from burnish.model.head_chunks import Head, HeadGradients, wide_dtype
+from burnish.model.vocabulary_shard import VocabularyShard
 from burnish.types import Divergence
 
 BUFFERS = 3
@@ -52,9 +54,16 @@ def divergence_rows(
         read_n: index in the block of the token that each row predicts.
     """
     assert reference.weight_VH.shape[0] >= head.vocab_size, "the second model has fewer tokens than the policy"
+    if head.shard.group is not None and reference.weight_VH.shape[0] != weight.shape[0]:
+        raise ModelError(
+            f"the policy's head has {weight.shape[0]:,} rows on each rank and the second model's "
+            f"{reference.weight_VH.shape[0]:,}: a rank's rows would stand for different tokens",
+            where="mesh.tp",
+            cure="a `model.pad_vocab_to` that makes both equally long (512 for Qwen's 151,936 and 152,064 rows)",
+        )
     temperature, chunk = reference.divergence.temperature, max(1, head.chunk // BUFFERS)
     policy = replace(head, temperature=temperature, chunk=chunk)
-    second = Head(head.vocab_size, reference.softcap, reference.logit_scale, temperature, chunk)
+    second = Head(head.vocab_size, reference.softcap, reference.logit_scale, temperature, chunk, head.shard)
     second_hidden_nH = reference.hidden_TH.detach().index_select(0, read_n)
     compared = _Compared(reference, second_hidden_nH, policy, second)
     return _Divergence.apply(hidden_nH, weight, bias, compared, torch.is_grad_enabled())  # pyright: ignore[reportReturnType]
@@ -108,9 +117,9 @@ class _Divergence(torch.autograd.Function):
         made_here = grad_enabled and ctx.frozen_head
         gradients = HeadGradients(hidden_nH, weight, bias, (made_here, False, False))
         for rows, log_p, log_q, scratch, slope in compared.chunks(hidden_nH, weight, bias):
-            log_sums_n2[rows, :1] = _normalise(log_p, scratch)
-            log_sums_n2[rows, 1:] = _normalise(log_q, scratch)
-            divergence_n[rows], grad = _compare(compared.reference.divergence, log_p, log_q, scratch)
+            log_sums_n2[rows, :1] = _normalise(log_p, scratch, compared.policy.shard)
+            log_sums_n2[rows, 1:] = _normalise(log_q, scratch, compared.policy.shard)
+            divergence_n[rows], grad = _compare(compared, log_p, log_q, scratch)
             if made_here:
                 gradients.add(rows, hidden_nH[rows], weight, slope, grad)
         ctx.compared = compared
@@ -132,32 +141,34 @@ class _Divergence(torch.autograd.Function):
         for rows, log_p, log_q, scratch, slope in compared.chunks(hidden_nH, weight, bias):
             log_p.sub_(log_sums_n2[rows, :1])
             log_q.sub_(log_sums_n2[rows, 1:])
-            _, grad = _compare(compared.reference.divergence, log_p, log_q, scratch)
+            _, grad = _compare(compared, log_p, log_q, scratch)
             gradients.add(rows, hidden_nH[rows], weight, slope, grad.mul_(grad_n[rows, None]))
         return *gradients.result(weight, bias), None, None
 
 
-def _normalise(z: Tensor, scratch: Tensor) -> Tensor:
+def _normalise(z: Tensor, scratch: Tensor, shard: VocabularyShard) -> Tensor:
     """Makes logits [c, V] log-probabilities in place; [c, 1] is what was taken off."""
-    log_sums_c1 = z.amax(1, keepdim=True)
-    log_sums_c1 += torch.sub(z, log_sums_c1, out=scratch).exp_().sum(1, keepdim=True).log_()
+    log_sums_c1 = shard.max(z)
+    (sums_c1,) = shard.sum(torch.sub(z, log_sums_c1, out=scratch).exp_().sum(1, keepdim=True))
+    log_sums_c1 += sums_c1.log_()
     z.sub_(log_sums_c1)
     return log_sums_c1
 
 
-def _compare(of: Divergence, log_p: Tensor, log_q: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor]:
+def _compare(compared: _Compared, log_p: Tensor, log_q: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor]:
     """The divergence [c] and its derivative by the policy's logits [c, V], which lies in one of the three tensors.
 
     All three are spent, and no fourth is made: products are written somewhere before they are summed, where `vecdot`
     would hold one of its own.
     """
+    of, shard = compared.reference.divergence, compared.policy.shard
     if of.kind == "forward":
         ratio = torch.sub(log_q, log_p, out=scratch)
         q = log_q.exp_()
-        return ratio.mul_(q).sum(1), log_p.exp_().sub_(q)
+        return shard.sum(ratio.mul_(q).sum(1))[0], log_p.exp_().sub_(q)
     if of.kind == "reverse":
         p, ratio = torch.exp(log_p, out=scratch), log_p.sub_(log_q)
-        value_c1 = torch.mul(p, ratio, out=log_q).sum(1, keepdim=True)
+        (value_c1,) = shard.sum(torch.mul(p, ratio, out=log_q).sum(1, keepdim=True))
         return value_c1.squeeze(1), p.mul_(ratio.sub_(value_c1))
     minus_entropy_of_p = torch.exp(log_p, out=scratch).mul_(log_p).sum(1)
     q = torch.exp(log_q, out=scratch)
@@ -169,4 +180,5 @@ def _compare(of: Divergence, log_p: Tensor, log_q: Tensor, scratch: Tensor) -> t
     ratio = log_p.sub_(m.clamp_(min=torch.finfo(m.dtype).tiny).log_())
     mean_c1 = torch.mul(p, ratio, out=m).sum(1, keepdim=True)
     value = entropy_of_m.add_(minus_entropy_of_q, alpha=of.beta).add_(minus_entropy_of_p, alpha=1 - of.beta)
+    value, mean_c1 = shard.sum(value, mean_c1)
     return value, p.mul_(ratio.sub_(mean_c1)).mul_(1 - of.beta)

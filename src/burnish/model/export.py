@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 import shutil
 from dataclasses import dataclass, replace
@@ -41,9 +42,19 @@ from burnish.model.export_scores import (
     score_weight,
     write_heads,
 )
+from burnish.model.export_weights import (
+    computing_dtype,
+    differing,
+    free_bytes,
+    is_first,
+    read_folder,
+    save_tensors,
+    save_weights,
+)
 from burnish.model.heads.attach import sequence_classifier
-from burnish.model.load import load_causal_lm, locate, quiet
+from burnish.model.load import load_causal_lm, locate
 from burnish.model.policy_model import one_document
+from burnish.model.weight_files import WeightFiles
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -52,6 +63,7 @@ if TYPE_CHECKING:
 
     from burnish.model.heads.pooling import Pooled
     from burnish.model.policy_model import PolicyModel
+    from burnish.model.shards import Whole
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +87,8 @@ class Exported:
     """Which of the two."""
 
     def __str__(self) -> str:
+        if self.what == "weight":
+            return "re-read: every weight is bit for bit the trained one; the model has no room beside its own shards"
         largest = f"{self.largest_logit:.1f}" if self.largest_logit > 1 else f"{self.largest_logit:.1e}"
         return f"re-read: {self.what}s differ by at most {self.max_difference:.1e} (largest {self.what} {largest})"
 
@@ -89,7 +103,11 @@ def export(
     base_revision: str = "main",
     chat_template: str | None = None,
 ) -> Exported:
-    """Writes `model` to the folder `to`, replacing what is there.
+    """Writes `model` to the folder `to`, replacing what is there. Every rank calls it and returns the same; rank 0
+    writes, and no rank holds more than one tensor beside its own shard.
+
+    What was written is then read back by rank 0 as a whole model, and compared with what all ranks compute. Of several
+    ranks, where that has no room there, each tensor is read back and compared instead.
 
     Args:
         merge: fold the adapter into the weights; a model without an adapter, or with new tokens, is always written
@@ -98,12 +116,14 @@ def export(
         chat_template: the template that training rendered with; by default the tokenizer's own.
 
     Raises:
-        RunFailed: the folder, read back by transformers or PEFT, does not give the model's logits or scores.
+        RunFailed: the folder, read back by transformers or PEFT, does not give the model's logits or scores; or rank 0
+            could not write it, and raised an OSError.
     """
     to = Path(to)
     partial = to.with_name(f".{to.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    if is_first(model):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
     # An adapter of a model with more tokens than its base has would load on nothing.
     whole = merge or model.adapter is None or model.new_tokens is not None
     base = None if whole else (base_path, base_revision)
@@ -113,7 +133,10 @@ def export(
         exported = _export_embedding(model, head, tokenizer, partial, chat_template)
     else:
         exported = _export_causal(model, tokenizer, partial, base, chat_template)
-    _replace(partial, to)
+    if is_first(model):
+        _replace(partial, to)
+    if model.mesh is not None:
+        model.mesh.barrier()
     return replace(exported, path=to)
 
 
@@ -125,16 +148,25 @@ def _export_causal(
     chat_template: str | None,
 ) -> Exported:
     """A causal language model's folder, with the scores of other heads beside it where there are any."""
+    first, kind = is_first(model), None
     if base is None:
-        write_model(model, to)
+        kind = type(model.causal_lm)
+        config, tensors = _causal_weights(model)
+        save_weights(model, kind, config, tensors, to)
     else:
-        _write_adapter(model, to, *base)
-    _write_tokenizer(tokenizer, to, chat_template)
-    _write_generation_config(model, tokenizer, to, chat_template)
-    reread = _reread_model(model, to) if base is None else _reread_adapter(model, to, *base)
-    exported = _proved(model, to, "logit", compare(model, reread))
+        tensors = _write_adapter(model, to, *base)
+    if first:
+        _write_tokenizer(tokenizer, to, chat_template)
+        _write_generation_config(model, tokenizer, to, chat_template)
     if model.heads:
         write_heads(model, to)
+    if not _has_room(model):
+        return prove_weights(model, tensors, to, kind)
+    reread = None
+    if first:
+        reread = _reread_model(model, to) if base is None else _reread_adapter(model, to, *base)
+    exported = _proved(model, to, "logit", compare(model, reread))
+    if model.heads:
         _proved(model, to, "score", compare_heads(model, reread, to))
     return exported
 
@@ -152,17 +184,24 @@ def _export_classifier(
         tokenizer = ending_tokenizer(tokenizer)
     tokenizer = padded_tokenizer(tokenizer, ends)
     config, located = classifier_config(model, tokenizer.pad_token_id), None  # pyright: ignore[reportArgumentType]
+    first, kind = is_first(model), None
     if base is None:
-        save_weights(model, sequence_classifier(model.hf_config), config, classifier_tensors(model), to)
+        kind, tensors = sequence_classifier(model.hf_config), classifier_tensors(model)
+        save_weights(model, kind, config, tensors, to)
     else:
-        _write_adapter(model, to, *base)
-        config.save_pretrained(str(to))
+        tensors = _write_adapter(model, to, *base)
         assert model.adapter is not None
         located = locate(ModelConfig(path=base[0], revision=base[1])) | model.adapter.load_arguments(_dtype_name(model))
-    _write_tokenizer(tokenizer, to, chat_template)
-    # Eager attention: transformers' SDPA path leaves out the soft cap of Gemma 2.
-    reread = open_classifier(str(to), dtype=_dtype(model), base=located, attention="eager")
-    reread.to(model.head.weight.device)
+    if first:
+        if base is not None:
+            config.save_pretrained(str(to))
+        _write_tokenizer(tokenizer, to, chat_template)
+    if not _has_room(model):
+        return prove_weights(model, tensors, to, kind)
+    reread = None
+    if first:  # eager attention: transformers' SDPA path leaves out the soft cap of Gemma 2
+        reread = open_classifier(str(to), dtype=computing_dtype(model), base=located, attention="eager")
+        reread.to(model.head.weight.device)
     return _proved(model, to, "score", compare_scores(model, reread, config.get_text_config().pad_token_id))
 
 
@@ -170,15 +209,51 @@ def _export_embedding(
     model: PolicyModel, head: Pooled, tokenizer: PreTrainedTokenizerBase, to: Path, chat_template: str | None
 ) -> Exported:
     """The base model's folder, which sentence-transformers reads too. An adapter is merged: it has no form for one."""
-    save_weights(model, type(model.backbone), copy.deepcopy(model.hf_config), backbone_tensors(model), to)
+    kind, tensors = type(model.backbone), backbone_tensors(model)
+    save_weights(model, kind, copy.deepcopy(model.hf_config), tensors, to)
     write_modules(model, head, to)
-    _write_tokenizer(ending_tokenizer(tokenizer), to, chat_template)
-    return _proved(model, to, "embedding", compare_embeddings(model, tokenizer, to, _dtype(model)))
+    if is_first(model):
+        _write_tokenizer(ending_tokenizer(tokenizer), to, chat_template)
+    if not _has_room(model):
+        return prove_weights(model, tensors, to, kind)
+    return _proved(model, to, "embedding", compare_embeddings(model, tokenizer, to, computing_dtype(model)))
+
+
+def prove_weights(model: PolicyModel, tensors: Mapping[str, Whole], folder: Path, kind: Any) -> Exported:
+    """Reads every tensor of a written folder back and compares it, bit for bit, with the model's: one at a time, by all
+    ranks together.
+
+    Args:
+        tensors: what was written.
+        kind: the transformers class whose loader finds them there; None: they are an adapter's, under their own names.
+
+    Raises:
+        RunFailed: one is another, or is not there.
+    """
+    written = None
+    if is_first(model):
+        adapter = str(folder / "adapter_model.safetensors")
+        written = read_folder(folder, kind) if kind is not None else WeightFiles([adapter]).tensors
+    wrong = differing(model, tensors, written)
+    if wrong:
+        raise RunFailed(
+            f"{folder}: the export does not hold the trained model's {wrong[0]}; it was left to be looked at"
+        )
+    return Exported(folder, 0.0, 0.0, "weight")
+
+
+def _has_room(model: PolicyModel) -> bool:
+    """Whether rank 0 can hold a whole model, and half as much again, beside its shard. One rank has held it before."""
+    if model.mesh is None or model.mesh.world_size == 1:
+        return True
+    sizes = [math.prod(tensor.shape) for tensor in model.whole_tensors(merge=False).values()]
+    needed = 1.5 * sum(sizes) * computing_dtype(model).itemsize
+    return model.mesh.from_first(needed <= free_bytes(model.mesh.device))
 
 
 def _proved(model: PolicyModel, folder: Path, what: str, compared: tuple[float, float]) -> Exported:
-    difference, largest = compared
-    if not difference <= TOLERANCE[_dtype(model)] * largest:
+    difference, largest = compared if model.mesh is None else model.mesh.from_first(compared)
+    if not difference <= TOLERANCE[computing_dtype(model)] * largest:
         raise RunFailed(
             f"{folder}: the export does not give the trained model's {what}s: they differ by {difference:.2g}, "
             f"the largest being {largest:.2g}; the folder was left there to be looked at"
@@ -188,7 +263,11 @@ def _proved(model: PolicyModel, folder: Path, what: str, compared: tuple[float, 
 
 @torch.no_grad()
 def compare(model: PolicyModel, other: Any) -> tuple[float, float]:
-    """(largest absolute difference, largest logit) of the policy and a plain causal LM over a few rows of tokens."""
+    """(largest absolute difference, largest logit) of the policy and a plain causal LM over a few rows of tokens.
+
+    Args:
+        other: on rank 0 alone; where it is None, the difference is 0.
+    """
     generator = torch.Generator().manual_seed(0)
     was_training = model.training
     model.eval()
@@ -197,7 +276,7 @@ def compare(model: PolicyModel, other: Any) -> tuple[float, float]:
         ids = torch.randint(0, model.vocab_size, (length,), generator=generator).to(model.head.weight.device)
         with torch.compiler.set_stance("force_eager"):
             ours = model.logits(one_document(ids)).float()
-        theirs = other(input_ids=ids.unsqueeze(0), use_cache=False).logits[0].float()
+        theirs = other(input_ids=ids.unsqueeze(0), use_cache=False).logits[0].float() if other is not None else ours
         difference = max(difference, _largest(ours - theirs))
         largest = max(largest, _largest(ours))
     model.train(was_training)
@@ -210,34 +289,20 @@ def _largest(tensor: Tensor) -> float:
 
 def write_model(model: PolicyModel, to: Path) -> None:
     """Weights and config.json, adapters merged."""
-    state, config = dict(model.hf_tensors(merge=True)), copy.deepcopy(model.hf_config)
-    if model.is_tied:  # one tensor twice; cut rows are two views, which safetensors would take for two tensors
-        del state[f"{model.head_name}.weight"]
+    save_weights(model, type(model.causal_lm), *_causal_weights(model), to)
+
+
+def _causal_weights(model: PolicyModel) -> tuple[Any, dict[str, Whole]]:
+    tensors, config = model.whole_tensors(merge=True), copy.deepcopy(model.hf_config)
+    if model.is_tied:
+        del tensors[f"{model.head_name}.weight"]
     else:  # also where an adapter changed one side of a tied pair
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
-    save_weights(model, type(model.causal_lm), config, state, to)
+    return config, tensors
 
 
-def save_weights(model: PolicyModel, kind: Any, config: Any, tensors: Mapping[str, Tensor], to: Path) -> None:
-    """`tensors` as the folder of a transformers class.
-
-    An empty model of that class does the writing: it has the sizes of the file, no adapter and no padding, and
-    transformers' own `save_pretrained` undoes what its loader did to the names.
-    """
-    dtype = _dtype(model)
-    with torch.device("meta"):
-        shell = kind._from_config(config, dtype=dtype, attn_implementation="eager")
-    conversions = getattr(model.causal_lm, "_weight_conversions", None)
-    if conversions is not None:
-        shell._weight_conversions = conversions
-    state = {n: (t.to(dtype) if t.is_floating_point() else t).contiguous() for n, t in tensors.items()}
-    with quiet():
-        shell.save_pretrained(to, state_dict=state)
-
-
-def _write_adapter(model: PolicyModel, to: Path, base_path: str, base_revision: str) -> None:
-    from safetensors.torch import save_file
-
+def _write_adapter(model: PolicyModel, to: Path, base_path: str, base_revision: str) -> dict[str, Whole]:
+    """Writes PEFT's two files; returns what is in the larger."""
     assert isinstance(model.adapter, LoRA)
     config = model.adapter.peft_config(model)
     config.base_model_name_or_path = str(Path(base_path).resolve()) if Path(base_path).exists() else base_path
@@ -248,10 +313,12 @@ def _write_adapter(model: PolicyModel, to: Path, base_path: str, base_revision: 
         config.task_type = "SEQ_CLS"
         config.modules_to_save = [*(config.modules_to_save or ()), "score"]
         tensors["base_model.model.score.weight"] = score_weight(model)
-    config.save_pretrained(str(to))
-    save_file(tensors, to / "adapter_model.safetensors", metadata={"format": "pt"})
+    if is_first(model):
+        config.save_pretrained(str(to))
+    save_tensors(tensors, to / "adapter_model.safetensors", model.mesh)
     if base_path.endswith(".gguf"):
         log.warning("PEFT cannot find the base of this adapter by itself, a GGUF file; `--merge` writes a whole model")
+    return tensors
 
 
 def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, to: Path, chat_template: str | None) -> None:
@@ -311,13 +378,8 @@ def _reread_adapter(model: PolicyModel, folder: Path, base_path: str, base_revis
         return PeftModel.from_pretrained(base, str(folder)).eval()
 
 
-def _dtype(model: PolicyModel) -> torch.dtype:
-    """What the model computes in; float32 masters of trained parameters are rounded to it, as they are in training."""
-    return model.hf_config.dtype or torch.float32
-
-
 def _dtype_name(model: PolicyModel) -> str:
-    return str(_dtype(model)).removeprefix("torch.")
+    return str(computing_dtype(model)).removeprefix("torch.")
 
 
 def _replace(partial: Path, to: Path) -> None:

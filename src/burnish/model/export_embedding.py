@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from burnish.model.policy_model import PolicyModel
+    from burnish.model.shards import Whole
 
 PROBE_TEXTS = ("a", "two words", "In which year was it, and why?", "words " * 40)
 """What is tokenised and embedded, one by one and as one batch."""
@@ -37,10 +38,10 @@ def embedding_head(model: PolicyModel) -> Pooled | None:
     return head if isinstance(head, Pooled) else None
 
 
-def backbone_tensors(model: PolicyModel) -> dict[str, Tensor]:
+def backbone_tensors(model: PolicyModel) -> dict[str, Whole]:
     """All weights of the backbone, adapters merged, under the names of the base model."""
     prefix = f"{model.base_name}."
-    return {n.removeprefix(prefix): t for n, t in model.hf_tensors(merge=True) if n.startswith(prefix)}
+    return {n.removeprefix(prefix): t for n, t in model.whole_tensors(merge=True).items() if n.startswith(prefix)}
 
 
 def ending_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -56,9 +57,12 @@ def ending_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerB
 
 
 def write_modules(model: PolicyModel, head: Pooled, to: Path) -> None:
-    """What sentence-transformers reads beside the base model."""
+    """What sentence-transformers reads beside the base model. All ranks gather, rank 0 writes."""
     from safetensors.torch import save_file
 
+    tensors = list(model.head_tensors().values())
+    if model.mesh is not None and model.mesh.rank != 0:
+        return
     hidden_size, config = model.hf_config.get_text_config().hidden_size, head.config
     modes = {"cls_token": False, "max_tokens": False, "mean_sqrt_len_tokens": False, "weightedmean_tokens": False}
     modes |= {"mean_tokens": config.pooling == "mean", "lasttoken": config.pooling == "last"}
@@ -67,7 +71,7 @@ def write_modules(model: PolicyModel, head: Pooled, to: Path) -> None:
     _write(to / "1_Pooling" / "config.json", {"word_embedding_dimension": hidden_size, **pooling})
     if head.weight is not None:
         folders.append("2_Dense")
-        (tensor,) = model.head_tensors().values()
+        (tensor,) = tensors
         identity = "torch.nn.modules.linear.Identity"
         sizes = {"in_features": hidden_size, "out_features": tensor.shape[0], "bias": False}
         _write(to / "2_Dense" / "config.json", sizes | {"activation_function": identity})
@@ -90,7 +94,8 @@ def compare_embeddings(
     model: PolicyModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype
 ) -> tuple[float, float]:
     """(largest absolute difference, largest entry) of the vectors of a few texts: the model's, over what documents were
-    trained with, and those that the folder's own files give by transformers, one by one and as one padded batch."""
+    trained with, and those that the folder's own files give by transformers, one by one and as one padded batch. Rank 0
+    alone reads the folder; the difference is 0 on the others."""
     from transformers import AutoTokenizer
 
     device = model.head.weight.device
@@ -99,6 +104,8 @@ def compare_embeddings(
     trained = [[*begins, *ids, tokenizer.eos_token_id] for ids in texts]
     ours = torch.stack([_embedding(model, torch.tensor(ids, device=device)) for ids in trained])
 
+    if model.mesh is not None and model.mesh.rank != 0:
+        return 0.0, ours.abs().max().item()
     reread, backbone = AutoTokenizer.from_pretrained(folder), _open_backbone(folder, dtype).to(device)
     difference = 0.0
     for batch in [[text] for text in PROBE_TEXTS], [list(PROBE_TEXTS)]:

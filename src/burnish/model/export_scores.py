@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from burnish.model.heads.attach import classifier
 from burnish.model.load import quiet
 from burnish.model.policy_model import one_document
+from burnish.model.shards import Whole, reader, whole_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,16 +56,17 @@ def classifier_config(model: PolicyModel, pad_token_id: int) -> Any:
     return config
 
 
-def classifier_tensors(model: PolicyModel) -> dict[str, Tensor]:
+def classifier_tensors(model: PolicyModel) -> dict[str, Whole]:
     """All weights, adapters merged, under the names of the sequence classifier."""
-    backbone = {n: t for n, t in model.hf_tensors(merge=True) if n.partition(".")[0] != model.head_name}
+    tensors = model.whole_tensors(merge=True)
+    backbone = {name: tensor for name, tensor in tensors.items() if name.partition(".")[0] != model.head_name}
     return backbone | {"score.weight": score_weight(model)}
 
 
-def score_weight(model: PolicyModel) -> Tensor:
+def score_weight(model: PolicyModel) -> Whole:
     """float32 [L, H] of the one scoring head, whatever its name."""
-    (weight,) = model.head_tensors().values()
-    return weight.contiguous()
+    ((name, weight),) = model.head_parameters().items()
+    return Whole(partial(reader(model), weight), whole_shape(model, name, weight), weight.dtype)
 
 
 def padded_tokenizer(tokenizer: PreTrainedTokenizerBase, last_ids: set[Any]) -> PreTrainedTokenizerBase:
@@ -114,10 +117,16 @@ def open_classifier(
 @torch.no_grad()
 def compare_scores(model: PolicyModel, other: Any, pad_token_id: int) -> tuple[float, float]:
     """(largest absolute difference, largest score) of the policy and a sequence classifier over a few documents, one by
-    one and as one batch padded on the right."""
+    one and as one batch padded on the right.
+
+    Args:
+        other: on rank 0 alone; where it is None, the difference is 0.
+    """
     (name,) = model.heads
     documents = _documents(model, {pad_token_id})
     ours = torch.stack([_scores(model, ids)[name][-1] for ids in documents])
+    if other is None:
+        return 0.0, ours.abs().max().item()
     batch = torch.nn.utils.rnn.pad_sequence(documents, batch_first=True, padding_value=pad_token_id)
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(ids) for ids in documents], batch_first=True)
     alone = torch.cat([other(input_ids=ids.unsqueeze(0), use_cache=False).logits for ids in documents])
@@ -128,10 +137,14 @@ def compare_scores(model: PolicyModel, other: Any, pad_token_id: int) -> tuple[f
 
 def write_heads(model: PolicyModel, to: Path) -> None:
     """`heads.safetensors` with `<name>.weight` [L, H], float32, to be multiplied with the last hidden state after the
-    final norm; and `heads.json`: `{"quality": {"makes": "scores", "config": {"type": "scalar"}, "classes": []}}`."""
+    final norm; and `heads.json`: `{"quality": {"makes": "scores", "config": {"type": "scalar"}, "classes": []}}`. All
+    ranks gather, rank 0 writes."""
     from safetensors.torch import save_file
 
-    save_file({name: tensor.contiguous() for name, tensor in model.head_tensors().items()}, to / HEADS_FILE)
+    tensors = {name: tensor.contiguous() for name, tensor in model.head_tensors().items()}
+    if model.mesh is not None and model.mesh.rank != 0:
+        return
+    save_file(tensors, to / HEADS_FILE)
     index = {
         name: {"makes": head.makes, "config": head.model_dump(mode="json"), "classes": list(head.classes())}
         for name, head in model.heads.items()
@@ -142,12 +155,19 @@ def write_heads(model: PolicyModel, to: Path) -> None:
 @torch.no_grad()
 def compare_heads(model: PolicyModel, other: Any, folder: Path) -> tuple[float, float]:
     """(largest absolute difference, largest score) at every token of a few documents, of the policy and of the written
-    heads on the hidden states of a plain causal LM."""
+    heads on the hidden states of a plain causal LM.
+
+    Args:
+        other: on rank 0 alone; where it is None, the difference is 0.
+    """
     from safetensors.torch import load_file
 
-    written = load_file(folder / HEADS_FILE)
+    written = load_file(folder / HEADS_FILE) if other is not None else {}
     difference = largest = 0.0
     for ids in _documents(model, set()):
+        if other is None:
+            _scores(model, ids)
+            continue
         hidden_TH = other(input_ids=ids.unsqueeze(0), use_cache=False, output_hidden_states=True).hidden_states[-1][0]
         block = one_document(ids)
         for name, ours in _scores(model, ids).items():

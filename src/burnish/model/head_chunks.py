@@ -1,6 +1,7 @@
 """One chunk of a language-model head: its logits, and the sums of its gradients over chunks.
 
-It knows scales, caps and padding of the vocabulary, and in which dtype sums are taken. It must not know losses.
+It knows scales, caps and padding of the vocabulary, which of its rows are here, and in which dtype sums are taken. It
+must not know losses.
 """
 
 from __future__ import annotations
@@ -11,16 +12,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from burnish.model.vocabulary_shard import WHOLE, VocabularyShard
+
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """logits = cap(logit_scale * (h W^T + b)) / temperature over the first `vocab_size` rows of W."""
+    """logits = cap(logit_scale * (h W^T + b)) / temperature over the first `vocab_size` rows of W that are here."""
 
     vocab_size: int
     softcap: float | None
     logit_scale: float
     temperature: float
     chunk: int
+    shard: VocabularyShard = WHOLE
+    """Which rows those are."""
 
     def slices(self, num_tokens: int) -> Iterator[slice]:
         """Chunks of nearly equal size: 410 tokens by 256 are 205 + 205, whose peak is below that of 256 + 154."""

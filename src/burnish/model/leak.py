@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from burnish.model.collectives import collect
 from burnish.model.positions import is_rotary
 from burnish.types import Block
 
@@ -105,6 +106,8 @@ def _gradient_reaches_over(model: PolicyModel, a: Tensor, b: Tensor) -> bool:
             logits = _logits(model, a, b)[_LENGTH:]
             weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits)
             (gradient,) = torch.autograd.grad((logits * weight).sum(), embedded)
+            group = model.vocabulary_shard.group
+            gradient = gradient if group is None else collect(gradient, 1, group)  # each rank embeds its own tokens
     finally:
         hook.remove()
     return bool(gradient[0, :_LENGTH].any())

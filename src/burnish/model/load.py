@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,6 +94,9 @@ def load_model(
 ) -> PolicyModel:
     """The model on this rank's device: adapter, recomputation, compilation and sharding applied as the recipe says.
 
+    With several ranks the weights are deferred until it is cut, and each rank reads its own shard (see `deferred.py`).
+    A `.gguf` file, pickled weights, four-bit weights and a fresh model are first made whole on every rank.
+
     Args:
         seed: adapters and a fresh model are drawn from it; weights that exist are read.
         frozen: nothing of it trains; a second model, without adapter.
@@ -101,8 +104,13 @@ def load_model(
 
     Raises:
         ModelError: see `load_config`; also weights that are missing, corrupt or of another shape, attention that cannot
-            be replaced, logits that are not reproduced, adapter targets that do not exist, heads that do not fit.
+            be replaced, logits that are not reproduced, adapter targets that do not exist, heads that do not fit, and
+            layers that cannot be cut as `mesh` says.
     """
+    import torch
+
+    from burnish.model.context_parallel import verify_cut, whole_rows
+    from burnish.model.deferred import is_deferred
     from burnish.model.heads.attach import open_heads
     from burnish.model.parallel import prepare
     from burnish.model.policy_model import PolicyModel, verify_head
@@ -112,7 +120,7 @@ def load_model(
         log.warning("%s on a CPU is 3 to 4 times slower than float32; use `model.dtype: float32` here", config.dtype)
     if config.head.type != "lm":
         open_heads(config.head, load_config(config), seed=seed)  # refuses what does not fit, before weights are read
-    causal_lm = load_causal_lm(config, seed=seed)
+    causal_lm = load_causal_lm(config, seed=seed, deferred=mesh.world_size > 1)
     if new_tokens is not None:
         grow(causal_lm, new_tokens)
     causal_lm = causal_lm.to(mesh.device)
@@ -123,19 +131,26 @@ def load_model(
         pad_vocab_to=config.pad_vocab_to,
     )
     model.new_tokens = new_tokens
-    verify_head(model)
+    deferred = is_deferred(model.head.weight)
+    if not deferred:
+        verify_head(model)
     if frozen:
         model.requires_grad_(False)
     prepare(model, config, mesh, seed=seed, new_tokens=None if frozen else new_tokens)
+    if deferred:  # there is nothing to compute with before; every rank takes part
+        with torch.compiler.set_stance("force_eager"), whole_rows(model):
+            verify_head(model)
+    verify_cut(model)
     return model
 
 
-def load_causal_lm(config: ModelConfig, *, attention: str | None = None, seed: int = 0) -> Any:
+def load_causal_lm(config: ModelConfig, *, attention: str | None = None, seed: int = 0, deferred: bool = False) -> Any:
     """The plain transformers model, every weight read from the checkpoint, in `config.dtype`, on the CPU.
 
     Args:
         attention: one of transformers' implementations (`eager`, `sdpa`); by default the one it would choose.
         seed: the weights of a fresh model are drawn from it.
+        deferred: read no weight now, where the files allow it: see `deferred.py`.
 
     Raises:
         ModelError: weights are missing, corrupt or of another shape.
@@ -143,35 +158,54 @@ def load_causal_lm(config: ModelConfig, *, attention: str | None = None, seed: i
     import torch
     from transformers import AutoModelForCausalLM
 
+    from burnish.model.materialise import open_deferred
+    from burnish.model.weight_files import find_weight_files
+
     hf_config = load_config(config)
     if config.path is None:
         return draw(hf_config, dtype=config.dtype, attention=attention, seed=seed)
+    located = locate(config)
+    further = config.adapter.load_arguments(config.dtype) if config.adapter is not None else {}
     with _refusals(config), quiet():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            **locate(config),
-            config=hf_config,
-            dtype=getattr(torch, config.dtype),
-            attn_implementation=attention,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below, with names and shapes
-            **(config.adapter.load_arguments(config.dtype) if config.adapter is not None else {}),
-        )
+        # bitsandbytes rounds whole weights, so what needs arguments is never deferred.
+        files = find_weight_files(located) if deferred and not further else None
+        if files is not None:
+            loaded = open_deferred(hf_config, located, files, dtype=config.dtype, attention=attention)
+        else:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                **located,
+                config=hf_config,
+                dtype=getattr(torch, config.dtype),
+                attn_implementation=attention,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, with names and shapes
+                **further,
+            )
     causal_lm, found = loaded
+    _refuse_other_weights(config, causal_lm, found)
+    if getattr(causal_lm, "is_quantized", False):
+        _drop_quantizer_marks(causal_lm)
+    return causal_lm
+
+
+def _refuse_other_weights(config: ModelConfig, causal_lm: Any, found: Mapping[str, Any]) -> None:
+    """Raises ModelError unless the files hold every weight of the model; says which of theirs are not read.
+
+    Args:
+        found: transformers' loading info.
+    """
     wrong = [f"{name} is {tuple(has)}, not {tuple(needs)}" for name, has, needs in sorted(found["mismatched_keys"])]
     wrong += [f"{name} is missing" for name in sorted(found["missing_keys"])]
     wrong += list(found["error_msgs"])
     if wrong:
         raise ModelError(
             f"the checkpoint does not hold this {type(causal_lm).__name__}: {_few(wrong)}",
-            where=config.path,
+            where=config.name,
             cure="fetch the model again; a weight that is not in the file would be trained from random values",
         )
     if found["unexpected_keys"]:
         unread = _few(sorted(found["unexpected_keys"]))
         log.warning("%s: weights that %s does not have are not read: %s", config.path, type(causal_lm).__name__, unread)
-    if getattr(causal_lm, "is_quantized", False):
-        _drop_quantizer_marks(causal_lm)
-    return causal_lm
 
 
 def require_packable(model: PolicyModel, longest: int) -> None:

@@ -8,7 +8,8 @@ when the projection reads it. It must not know recipes, losses or optimizers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,11 +19,15 @@ from torch.export import register_dataclass
 from burnish.errors import ModelError
 from burnish.model.divergence import Reference
 from burnish.model.project import PROJECTED, previous_token, project
+from burnish.model.shards import Whole, reader
 from burnish.model.vocabulary import head_weight_with_rows, rows_owner, with_new_rows
+from burnish.model.vocabulary_shard import WHOLE
 from burnish.types import Block, Ranking, TokenOutputs
 
 if TYPE_CHECKING:
+    from burnish.mesh import Mesh
     from burnish.model.config import Adapter
+    from burnish.model.context_parallel import ContextParallel
     from burnish.model.heads.base import Head
     from burnish.types import NewTokens
 
@@ -63,6 +68,16 @@ class PolicyModel(nn.Module):
         """The children that are heads beside the language model's, by name; see `heads.attach`."""
         self.makes_tokens = True
         """Whether losses may ask of the language model's head; False: what is left of it is for probes."""
+        self.mesh: Mesh | None = None
+        """The ranks that it is cut over, once it is."""
+        self.context: ContextParallel | None = None
+        """Which tokens of a row this rank runs, where ranks share them."""
+        self.tp_dims: dict[str, int] = {}
+        """Which dim of a parameter tensor parallel cuts, by each of its names; absent ones are whole on each."""
+        self.tp_partial: set[str] = set()
+        """Whole ones of which each rank has a share of the gradient; see `tensor_parallel.finish_gradients`."""
+        self.vocabulary_shard = WHOLE
+        """Which rows of the head are on this rank."""
         self.vocab_size = self.head.weight.shape[0]
         """Rows of the head that stand for tokens; those after them are padding."""
         self._pad_vocabulary(pad_vocab_to)
@@ -123,12 +138,12 @@ class PolicyModel(nn.Module):
 
     def head_weight(self) -> Tensor:
         """The weight [V, H] that the head computes with, an adapter on it included; a gradient flows to what trains.
-        Inside `forward` only, where the model is sharded."""
+        Under tensor parallel it is this rank's rows of it. Inside `forward` only, where the model is sharded."""
         from burnish.model.adapters.weights import adapted_weight
 
         owner = rows_owner(self)
         if owner is not None:
-            return head_weight_with_rows(self.head, owner)
+            return head_weight_with_rows(self.head, owner, self.vocabulary_shard.first)
         adapted = hasattr(self.head, "base_layer") and not self.head.disable_adapters
         return adapted_weight(self.head) if adapted else self.head.weight
 
@@ -175,8 +190,12 @@ class PolicyModel(nn.Module):
                 logit_scale=self.logit_scale,
                 vocab_size=self.vocab_size,
                 chunk=self.projection_chunk,
+                shard=self.vocabulary_shard,
                 previous_T=previous_token(block),
+                first=0 if self.context is None else self.context.span(block.num_tokens)[0],
             )
+        if self.context is not None:
+            outputs = self.context.sum_outputs(outputs)
         for name, head in self.heads.items():
             made = self.get_submodule(name)(hidden_TH, block, reads) if head.makes in needs else None
             if made is not None and head.makes == "scores":
@@ -186,12 +205,19 @@ class PolicyModel(nn.Module):
         return outputs
 
     def hidden_states(self, block: Block) -> Tensor:
-        """The backbone's last hidden states, [T, H], in the dtype of the weights."""
+        """The backbone's last hidden states, [T, H], in the dtype of the weights; under context parallel those of this
+        rank's tokens."""
+        tokens, further = slice(None), {}
+        documents = block.documents.cpu()  # every layer reads it on the host: one wait here instead of one a layer
+        if self.context is not None:
+            tokens, further = slice(*self.context.span(block.num_tokens)), {"context_parallel": self.context}
+            documents = self.context.clip(documents, block.num_tokens)
         return self.backbone(
-            input_ids=block.token_ids.unsqueeze(0),
-            position_ids=block.position_ids.unsqueeze(0),
-            documents=block.documents.cpu(),  # every layer reads it on the host: one wait here instead of one a layer
+            input_ids=block.token_ids[tokens].unsqueeze(0),
+            position_ids=block.position_ids[tokens].unsqueeze(0),
+            documents=documents,
             use_cache=False,
+            **further,
         ).last_hidden_state.squeeze(0)
 
     def logits(self, block: Block) -> Tensor:
@@ -211,19 +237,35 @@ class PolicyModel(nn.Module):
 
     def hf_tensors(self, *, merge: bool) -> Iterator[tuple[str, Tensor]]:
         """The full model under Hugging Face names: adapters folded in (`merge`) or left out, padding rows cut off, and
-        without the heads beside the language model's: those are `head_tensors`."""
+        without the heads beside the language model's: those are `head_tensors`. Every rank takes part, one tensor at a
+        time."""
+        for name, tensor in self.whole_tensors(merge=merge).items():
+            yield name, tensor.make()
+
+    def whole_tensors(self, *, merge: bool) -> dict[str, Whole]:
+        """What `hf_tensors` yields, yet to be gathered."""
         from burnish.model.adapters.weights import weights_without_adapter
 
+        found = {}
         for name, tensor in with_new_rows(self, weights_without_adapter(self, merge=merge)):
-            if name.partition(".")[0] not in self.heads:
-                yield name, (tensor[: self.vocab_size] if name.rpartition(".")[0] in self.padded else tensor)
+            if name.partition(".")[0] in self.heads:
+                continue
+            rows = tensor.shape[:1]
+            if name.rpartition(".")[0] in self.padded and rows > (self.vocab_size,):
+                make = partial(_first_rows, tensor.make, self.vocab_size)
+                tensor = tensor._replace(make=make, shape=(self.vocab_size, *tensor.shape[1:]))
+            found[name] = tensor
+        return found
+
+    def head_parameters(self) -> dict[str, Tensor]:
+        """The parameters of the heads beside the language model's, by name (`score.weight`)."""
+        state = self.state_dict(keep_vars=True)
+        return {name: tensor for name, tensor in state.items() if name.partition(".")[0] in self.heads}
 
     def head_tensors(self) -> dict[str, Tensor]:
-        """Whole tensors of the heads beside the language model's, by name (`score.weight`)."""
-        from burnish.model.parallel import whole
-
-        state = self.state_dict(keep_vars=True)
-        return {name: whole(tensor) for name, tensor in state.items() if name.partition(".")[0] in self.heads}
+        """The same, whole: every rank takes part."""
+        read = reader(self)
+        return {name: read(tensor) for name, tensor in self.head_parameters().items()}
 
     def _pad_vocabulary(self, multiple: int) -> None:
         rows = -self.vocab_size % multiple
@@ -237,6 +279,10 @@ class PolicyModel(nn.Module):
         if tied:
             embedding.weight = self.head.weight
             embedding.num_embeddings += rows
+
+
+def _first_rows(make: Callable[[], Tensor], count: int) -> Tensor:
+    return make()[:count]
 
 
 def _children(causal_lm: Any) -> tuple[str, str]:
@@ -268,7 +314,8 @@ def verify_head(policy_model: PolicyModel) -> None:
         ModelError: they differ.
     """
     weight = policy_model.head.weight
-    block = one_document(torch.linspace(0, policy_model.vocab_size - 1, 8, device=weight.device).long())
+    ids = torch.linspace(0, min(policy_model.vocab_size, weight.shape[0]) - 1, 8, device=weight.device).long()
+    block = one_document(ids)
     expected = policy_model.logits(block)[:-1].float().log_softmax(-1).gather(1, block.token_ids[1:, None]).squeeze(1)
     ours = policy_model(block, needs=frozenset({"logprobs"}), reads=block.loss_mask).logprobs[1:]
     difference = ((ours - expected).abs().max() / expected.abs().max()).item()

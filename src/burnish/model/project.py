@@ -8,7 +8,9 @@ head `chunk` tokens at a time. Two ways:
                    products (logits, dH, dW) and one chunk of logits.
     [T] vectors    any loss arithmetic may follow: the backward pass makes each chunk's logits again. Four products.
 
-Divergences from a second model are made in `divergence.py`, logits of a few ids and ranks in `candidates.py`. This
+Divergences from a second model are made in `divergence.py`, logits of a few ids and ranks in `candidates.py`. Where
+each rank has a part of the head's rows, every rank calls this with the same tokens, the sums over the vocabulary go
+through `VocabularyShard`, and the outputs are the same on all of them. This
 module must not know which loss reads its outputs, nor where the hidden states come from.
 """
 
@@ -23,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from burnish.model.candidates import candidate_logits, ranks
 from burnish.model.divergence import Reference, divergence_rows
 from burnish.model.head_chunks import Head, HeadGradients, wide_dtype
+from burnish.model.vocabulary_shard import WHOLE, VocabularyShard
 from burnish.types import TokenOutputs
 
 if TYPE_CHECKING:
@@ -56,12 +59,12 @@ class _WeightedNLL(torch.autograd.Function):
             hidden_cH, ids_c1 = hidden_nH[rows], ids_n[rows, None]
             coefficients_c1 = coefficients_n[rows, None].to(total.dtype)
             z, slope = head.logits(hidden_cH, weight, bias, memory)
-            z.sub_(z.amax(1, keepdim=True))
-            chosen_c1 = z.gather(1, ids_c1)
-            sums_c1 = z.exp_().sum(1, keepdim=True)
+            z.sub_(head.shard.max(z))
+            chosen_c1 = head.shard.pick(z, ids_c1)
+            sums_c1, chosen_c1 = head.shard.sum(z.exp_().sum(1, keepdim=True), chosen_c1)
             total += (coefficients_c1 * (sums_c1.log() - chosen_c1)).sum()
             if any(wanted):
-                z.mul_(coefficients_c1 / sums_c1).scatter_add_(1, ids_c1, -coefficients_c1)
+                head.shard.add(z.mul_(coefficients_c1 / sums_c1), ids_c1, -coefficients_c1)
                 gradients.add(rows, hidden_cH, weight, head.slope if slope is None else slope, z)
         ctx.gradients = gradients.result(weight, bias)
         return total
@@ -102,13 +105,16 @@ class _Vectors(torch.autograd.Function):
         for rows in head.slices(num_tokens):
             z, _ = head.logits(hidden_nH[rows], weight, bias, memory[0])
             scratch = memory[-1, : z.shape[0]]  # z itself where only gathered entries are read
-            top_c1 = z.amax(1, keepdim=True)
-            chosen = z.gather(1, ids_nK[rows])
-            log_sums_n1[rows] = torch.sub(z, top_c1, out=scratch).exp_().sum(1, keepdim=True).log_().add_(top_c1)
+            top_c1, chosen = head.shard.max(z), head.shard.pick(z, ids_nK[rows])
+            sums_c1 = torch.sub(z, top_c1, out=scratch).exp_().sum(1, keepdim=True)
+            sums_c1, chosen = head.shard.sum(sums_c1, chosen)
+            log_sums_n1[rows] = sums_c1.log_().add_(top_c1)
             chosen_nK[rows] = chosen.sub_(log_sums_n1[rows])
             if entropy_n is not None:
                 log_p = z.sub_(log_sums_n1[rows])
                 entropy_n[rows] = -torch.exp(log_p, out=scratch).mul_(log_p).sum(1)
+        if entropy_n is not None:
+            (entropy_n,) = head.shard.sum(entropy_n)
         ctx.save_for_backward(hidden_nH, weight, bias, ids_nK, log_sums_n1, entropy_n)
         ctx.head = head
         ctx.set_materialize_grads(False)
@@ -137,7 +143,7 @@ class _Vectors(torch.autograd.Function):
             else:
                 grad = p.mul_(b_n1[rows])
             if g_chosen_nK is not None:
-                grad.scatter_add_(1, ids_nK[rows], g_chosen_nK[rows])
+                head.shard.add(grad, ids_nK[rows], g_chosen_nK[rows])
             gradients.add(rows, hidden_nH[rows], weight, head.slope if slope is None else slope, grad)
         return *gradients.result(weight, bias), None, None, None
 
@@ -163,6 +169,7 @@ def project(
     needs: frozenset[str],
     *,
     previous_T: Tensor,
+    first: int = 0,
     coefficients_T: Tensor | None = None,
     topk_ids_TK: Tensor | None = None,
     candidates_K: Tensor | None = None,
@@ -175,6 +182,7 @@ def project(
     temperature: float = 1.0,
     vocab_size: int | None = None,
     chunk: int = 256,
+    shard: VocabularyShard = WHOLE,
 ) -> TokenOutputs:
     """What `needs` names, at the tokens that `reads_T` marks; 0 at the others.
 
@@ -182,12 +190,14 @@ def project(
     weight's dtype; every sum over the vocabulary, and dW over chunks, is float32 (float64 for float64 inputs).
 
     Args:
-        hidden_TH: hidden states of a block, after the final norm.
-        weight_VH: the head's weight, [V, H]; rows from `vocab_size` on are padding and outside of every sum.
+        hidden_TH: hidden states of a block, after the final norm; or of its tokens from `first` on, fewer than T.
+        weight_VH: the head's weight, [V, H], or the rows of it that are on this rank; rows that stand for ids from
+            `vocab_size` on are padding and outside of every sum.
         token_ids_T: int64 [T].
         reads_T: bool [T], the tokens whose outputs are read. One that nothing predicts is passed over.
         needs: any of `PROJECTED`.
         previous_T: `previous_token(block)`.
+        first: token of the block whose state is `hidden_TH[0]`. A read whose predictor is not there is passed over.
         coefficients_T: [T], for `weighted_nll`. No gradient flows into them.
         topk_ids_TK: int64 [T, K], for `topk_logprobs`.
         candidates_K: int64 [K], for `candidate_logits`.
@@ -195,17 +205,23 @@ def project(
         ranking, block: for `ranks`; the block says what stood before a token.
         chunk: most tokens projected at once: the transient memory is chunk * V * 4 bytes, once more for
             `entropy`, and as much again with a soft cap. dW is summed in float32, whatever the weights are in.
+        shard: which rows `weight_VH` and `bias` hold. Their gradients are of those rows, that of `hidden_TH` is whole.
 
     A block where nothing is read gives zeros that hang on the graph, so a backward pass and its collectives still run.
     """
     assert needs <= PROJECTED, f"the projection cannot make {sorted(needs - PROJECTED)}"
-    head = Head(vocab_size or weight_VH.shape[0], softcap, logit_scale, temperature, chunk)
-    read_n = torch.nonzero(reads_T & (previous_T >= 0)).squeeze(1)
-    hidden_nH, ids_n = hidden_TH.index_select(0, previous_T[read_n]), token_ids_T[read_n]
+    here = shard.num_tokens(vocab_size or weight_VH.shape[0], weight_VH)
+    head = Head(here, softcap, logit_scale, temperature, chunk, shard)
+    row_T = torch.where(previous_T >= 0, previous_T - first, -1)
+    read_n = torch.nonzero(reads_T & (row_T >= 0) & (row_T < hidden_TH.shape[0])).squeeze(1)
+    hidden_nH, ids_n = hidden_TH.index_select(0, row_T[read_n]), token_ids_T[read_n]
     outputs = TokenOutputs()
+    if "hidden_states" in needs:
+        outputs.hidden_states = _spread(hidden_nH, read_n, reads_T)
+    hidden_nH = shard.enter(hidden_nH)
 
     def spread(vector_n: Tensor) -> Tensor:
-        return vector_n.new_zeros(reads_T.shape[0], *vector_n.shape[1:]).index_copy(0, read_n, vector_n)
+        return _spread(vector_n, read_n, reads_T)
 
     if "weighted_nll" in needs:
         assert coefficients_T is not None, "weighted_nll without coefficients"
@@ -232,6 +248,9 @@ def project(
         outputs.ranks = spread(
             ranks(hidden_nH, weight_VH, bias, ids_n, head, ranking=ranking, read_n=read_n, block=block)
         )
-    if "hidden_states" in needs:
-        outputs.hidden_states = spread(hidden_nH)
     return outputs
+
+
+def _spread(vector_n: Tensor, read_n: Tensor, reads_T: Tensor) -> Tensor:
+    """[T, ...]: entries at the tokens that are read, 0 elsewhere."""
+    return vector_n.new_zeros(reads_T.shape[0], *vector_n.shape[1:]).index_copy(0, read_n, vector_n)

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from burnish.model.config import Compile, ModelConfig
-from burnish.model.parallel import whole
 from burnish.model.policy_model import decoder_layers
+from burnish.model.shards import whole
 from burnish.types import Block
 
 if TYPE_CHECKING:

@@ -7,13 +7,16 @@ the matrix they extend stays frozen, has no moments, and never enters a checkpoi
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from burnish.errors import ModelError
+from burnish.model.deferred import is_deferred, later, values
+from burnish.model.shards import Whole, reader
 
 if TYPE_CHECKING:
     from burnish.model.policy_model import PolicyModel
@@ -29,13 +32,48 @@ def grow(causal_lm: Any, new: NewTokens) -> None:
     """
     end = new.first + len(new.sources)
     if causal_lm.get_input_embeddings().weight.shape[0] < end:
-        causal_lm.resize_token_embeddings(end, mean_resizing=False)
-    embedding, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
-    matrices = {id(m): m for m in (embedding.weight, head.weight, head.bias) if m is not None}
-    for matrix in matrices.values():
-        mean = matrix[: new.first].mean(0, dtype=torch.float32)
-        for row, source in enumerate(new.sources, new.first):
-            matrix[row] = matrix[list(source)].mean(0, dtype=torch.float32) if source else mean
+        _resize(causal_lm, end)
+    for matrix in {id(matrix): matrix for _, matrix in _matrices(causal_lm)}.values():
+        if is_deferred(matrix):
+            rows = later(
+                partial(_first_rows, matrix.detach(), new), (len(new.sources), *matrix.shape[1:]), matrix.dtype
+            )
+            matrix.data = torch.cat([matrix.detach()[: new.first], rows, matrix.detach()[end:]])
+        else:
+            matrix[new.first : end] = _first_rows(matrix, new)
+
+
+def _first_rows(matrix: Tensor, new: NewTokens) -> Tensor:
+    """What the new rows of `matrix` begin as, in its dtype."""
+    matrix = values(matrix)
+    mean = matrix[: new.first].mean(0, dtype=torch.float32)
+    rows = [matrix[list(source)].mean(0, dtype=torch.float32) if source else mean for source in new.sources]
+    return torch.stack(rows).to(matrix.dtype)
+
+
+def _resize(causal_lm: Any, rows: int) -> None:
+    """Resizes embedding and head; transformers copies the old rows, but not what deferred ones are to hold."""
+    before = {place: (id(matrix), matrix.detach(), matrix.requires_grad) for place, matrix in _matrices(causal_lm)}
+    causal_lm.resize_token_embeddings(rows, mean_resizing=False)
+    grown: dict[int, nn.Parameter] = {}
+    for place, _ in _matrices(causal_lm):
+        key, old, trains = before[place]
+        if is_deferred(old):
+            zeros = old.new_zeros(rows - old.shape[0], *old.shape[1:])
+            grown.setdefault(key, nn.Parameter(torch.cat([old, zeros]), trains))
+            side, name = place
+            setattr(getattr(causal_lm, side)(), name, grown[key])
+
+
+def _matrices(causal_lm: Any) -> list[tuple[tuple[str, str], nn.Parameter]]:
+    """((getter, name), parameter) of all that has a row for each token."""
+    places = [
+        ("get_input_embeddings", "weight"),
+        ("get_output_embeddings", "weight"),
+        ("get_output_embeddings", "bias"),
+    ]
+    found = [(place, getattr(getattr(causal_lm, place[0])(), place[1], None)) for place in places]
+    return [(place, matrix) for place, matrix in found if matrix is not None]
 
 
 def train_rows(model: PolicyModel, new: NewTokens) -> None:
@@ -45,7 +83,7 @@ def train_rows(model: PolicyModel, new: NewTokens) -> None:
         ModelError: the adapter changes the embedding or the head itself.
     """
     embedding: Any = model.causal_lm.get_input_embeddings()
-    owners = [embedding] if model.is_tied else [embedding, model.head]
+    owners: list[Any] = [embedding] if model.is_tied else [embedding, model.head]
     if new.train_all:
         for owner in owners:
             owner.weight.requires_grad_(True)
@@ -61,22 +99,21 @@ def train_rows(model: PolicyModel, new: NewTokens) -> None:
         owner.weight.requires_grad_(False)
         owner.new_rows = nn.Parameter(owner.weight.detach()[rows].float().clone())
         owner.first_new_row = new.first
-    embedding.forward = _reading_new_rows(embedding, embedding.forward)
+    inner = embedding.forward
+    forward: Any = lambda token_ids: over_new_rows(embedding, token_ids, inner(token_ids))  # noqa: E731
+    embedding.forward = forward
 
 
-def _reading_new_rows(embedding: Any, inner: Any) -> Any:
+def over_new_rows(embedding: Any, token_ids: Tensor, embedded: Tensor) -> Tensor:
+    """`embedded` [..., H], what the matrix has for `token_ids`, with the new rows in the places of new tokens."""
     # The class's own forward over the new rows alone, since it may do more than look up: Gemma multiplies by sqrt(H).
     alone = copy.copy(embedding)
     alone.padding_idx = None  # an id of the whole matrix; a row among `new_rows` must not go without gradient for it
-
-    def forward(token_ids: Tensor) -> Tensor:
-        alone._parameters = {"weight": embedding.new_rows.to(embedding.weight.dtype)}
-        local = token_ids - embedding.first_new_row
-        inside = (local >= 0) & (local < embedding.new_rows.shape[0])
-        new = alone.__class__.forward(alone, local.clamp(0, embedding.new_rows.shape[0] - 1))
-        return torch.where(inside.unsqueeze(-1), new, inner(token_ids))
-
-    return forward
+    alone._parameters = {"weight": embedding.new_rows.to(embedding.weight.dtype)}
+    local = token_ids - embedding.first_new_row
+    inside = (local >= 0) & (local < embedding.new_rows.shape[0])
+    new = alone.__class__.forward(alone, local.clamp(0, embedding.new_rows.shape[0] - 1))
+    return torch.where(inside.unsqueeze(-1), new, embedded)
 
 
 class _WithRows(torch.autograd.Function):
@@ -85,18 +122,25 @@ class _WithRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, new_rows: Tensor, first: int) -> Tensor:
-        ctx.rows = slice(first, first + new_rows.shape[0])
-        matrix.data[ctx.rows] = new_rows.to(matrix.dtype)
+        begin, end = (min(max(place, 0), matrix.shape[0]) for place in (first, first + new_rows.shape[0]))
+        ctx.rows, ctx.taken, ctx.shape = slice(begin, end), slice(begin - first, end - first), new_rows.shape
+        matrix.data[ctx.rows] = new_rows[ctx.taken].to(matrix.dtype)
         return matrix.data
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return None, grad[ctx.rows].float(), None
+        grad_rows = grad.new_zeros(ctx.shape, dtype=torch.float32)
+        grad_rows[ctx.taken] = grad[ctx.rows].float()
+        return None, grad_rows, None
 
 
-def head_weight_with_rows(head: Any, owner: Any) -> Tensor:
-    """The head's weight [V, H] with the rows of new tokens that train on `owner`: the head, or a tied embedding."""
-    return _WithRows.apply(head.weight, owner.new_rows, owner.first_new_row)  # pyright: ignore[reportReturnType]
+def head_weight_with_rows(head: Any, owner: Any, first: int = 0) -> Tensor:
+    """The head's weight [V, H] with the rows of new tokens that train on `owner`: the head, or a tied embedding.
+
+    Args:
+        first: id of the first of the head's rows that are on this rank; of the new ones it takes those that are.
+    """
+    return _WithRows.apply(head.weight, owner.new_rows, owner.first_new_row - first)  # pyright: ignore[reportReturnType]
 
 
 def rows_owner(model: PolicyModel) -> Any:
@@ -105,18 +149,19 @@ def rows_owner(model: PolicyModel) -> Any:
     return owner if hasattr(owner, "new_rows") else None
 
 
-def with_new_rows(model: PolicyModel, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def with_new_rows(model: PolicyModel, tensors: Iterator[tuple[str, Whole]]) -> Iterator[tuple[str, Whole]]:
     """The (name, tensor) of a whole model, with trained rows in the matrices that they extend, and not beside them."""
-    from burnish.model.parallel import whole
-
     owners: dict[int, Any] = {id(module.weight): module for module in model.modules() if hasattr(module, "new_rows")}
+    read = reader(model)
     for name, tensor in tensors:
         if name.endswith(".new_rows"):
             continue
         module: Any = model.get_submodule(name.rpartition(".")[0]) if name.endswith(".weight") and owners else None
         owner = owners.get(id(getattr(module, "weight", None)))
-        if owner is not None:
-            new = whole(owner.new_rows).to(tensor.dtype)
-            tensor = tensor.clone()
-            tensor[owner.first_new_row : owner.first_new_row + len(new)] = new
-        yield name, tensor
+        yield name, tensor if owner is None else tensor._replace(make=partial(_with_rows, tensor, owner, read))
+
+
+def _with_rows(matrix: Whole, owner: Any, read: Callable[[Tensor], Tensor]) -> Tensor:
+    tensor, new = matrix.make().clone(), read(owner.new_rows)
+    tensor[owner.first_new_row : owner.first_new_row + len(new)] = new.to(tensor.dtype)
+    return tensor

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from burnish.model.divergence import Reference
 from burnish.model.head_chunks import Head
-from burnish.model.parallel import whole
 from burnish.model.project import previous_token
+from burnish.model.shards import whole
 from burnish.policy.policy import in_chunks
 from burnish.policy.second import COLUMNS, TOP_K
 from burnish.policy.throughput import ForwardCost
@@ -103,6 +103,7 @@ class Frozen:
             yield
 
     def _answered(self, rows: list[Block], asks: frozenset[str]) -> list[Block]:
+        self.mesh.alive()
         batch = collate(rows)
         idle = not batch.num_documents and self.mesh.world_size == 1  # with more ranks all take part in every gather
         columns = self._zeros(batch, asks) if idle else self._columns(batch.to(self.mesh.device), asks)
@@ -143,14 +144,16 @@ class Frozen:
         """The `top_k` likeliest tokens at each row, likeliest first, and their log-probabilities: int64 and float32
         [n, K], a chunk of logits at a time."""
         model, (weight, bias) = self.model, self._head()
-        head = Head(model.vocab_size, model.softcap, model.logit_scale, 1.0, model.projection_chunk)
+        shard = model.vocabulary_shard
+        here = shard.num_tokens(model.vocab_size, weight)
+        head = Head(here, model.softcap, model.logit_scale, 1.0, model.projection_chunk, shard)
         ids_nK = torch.zeros(len(hidden_nH), self.top_k, dtype=torch.int64, device=hidden_nH.device)
         logprobs_nK = torch.zeros_like(ids_nK, dtype=torch.float32)
         memory = head.buffer(hidden_nH, 1)[0]
         for rows in head.slices(len(hidden_nH)):
             z, _ = head.logits(hidden_nH[rows], weight, bias, memory)
-            logits, ids_nK[rows] = z.topk(self.top_k)
-            logprobs_nK[rows] = logits - z.logsumexp(1, keepdim=True)
+            logits, ids_nK[rows] = shard.topk(z, self.top_k)
+            logprobs_nK[rows] = logits - shard.logsumexp(z)
         return ids_nK, logprobs_nK
 
     def _head(self) -> tuple[Tensor, Tensor | None]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,13 @@ from torch.distributed.tensor import DTensor
 
 from burnish.errors import ResumeError
 from burnish.model.project import previous_token
+from burnish.model.seeded import generator
+from burnish.model.shards import is_writer, local, region_of
+from burnish.model.tensor_parallel import finish_gradients
+from burnish.policy.checkpoint.piece import Piece
+from burnish.policy.elastic import TreeSum, norm_by_rows
+from burnish.policy.totals import Totals
+from burnish.region import Region
 from burnish.types import Block, LossOutput, Metric, collate
 
 if TYPE_CHECKING:
@@ -30,7 +37,7 @@ if TYPE_CHECKING:
     from burnish.model.policy_model import PolicyModel
     from burnish.policy.second import Second
 
-Tensors = dict[str, dict[str, Tensor]]
+Pieces = dict[str, dict[str, Piece]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +47,7 @@ class Update:
     grad_norm: float
     """Norm of the whole gradient before clipping."""
     skipped: bool = False
-    """Nothing moved: the loss or the gradient was not finite."""
+    """Nothing moved: the loss or the gradient was not finite, or was refused."""
     reason: str = ""
     """Why, where it was skipped."""
 
@@ -51,6 +58,8 @@ class Policy:
     Args:
         micro_batch_size: rows in one forward pass; changes memory and speed, never the gradient.
         max_grad_norm: longest gradient that is stepped with, None: any.
+        seed: dropout is drawn from it.
+        elastic: every sum has one order, whatever the number of ranks; see `elastic.py`.
         second: the reference or teacher that losses compare with, if there is one.
     """
 
@@ -62,12 +71,16 @@ class Policy:
         mesh: Mesh,
         micro_batch_size: int,
         max_grad_norm: float | None,
+        seed: int = 0,
+        elastic: bool = False,
         second: Second | None = None,
     ) -> None:
         self.second = second
         self.model, self.optimizer, self.mesh = model, optimizer, mesh
         self.micro_batch_size, self.max_grad_norm = micro_batch_size, max_grad_norm
+        self.seed, self.elastic = seed, elastic
         self._mean_loss = 0.0
+        self._drawn = 0
 
     def forward_backward(self, blocks: list[Block], loss: Loss) -> dict[str, Metric]:
         """Adds the gradient of `loss` over this rank's whole share of a step; returns metrics over all ranks.
@@ -79,34 +92,51 @@ class Policy:
         self.model.train()
         batches = [collate(rows) for rows in in_chunks(blocks, self.micro_batch_size)]
         counts = [loss.count(batch) for batch in batches]
-        counted = torch.stack([count.double().reshape(-1) for count in counts]).sum(0)
-        divisors = torch.tensor(
-            [count or 1.0 for count in self.mesh.sum_scalars(counted.tolist())], dtype=torch.float64
-        )
+        counted = self.mesh.sum_rows(torch.stack([count.double().reshape(-1) for count in counts]))
+        divisors = torch.tensor([count or 1.0 for count in counted], dtype=torch.float64)
+        held = range(len(batches))
         if self.mesh.world_size == 1:  # with more ranks every one must take part in every collective
             held = [i for i, batch in enumerate(batches) if batch.num_documents] or [0]
-            batches, counts = [batches[i] for i in held], [counts[i] for i in held]
         totals = Totals()
-        for batch, count in zip(batches, counts, strict=True):
-            output = self._forward(batch, loss)
-            (output.total.reshape(-1) / divisors.to(output.total)).sum().backward()
-            totals.add(output, count)
+        tree = TreeSum(parameter for _, parameter in self.model.trainable_parameters()) if self.elastic else None
+        for i, batch in enumerate(batches):
+            if i in held:
+                self._seed_dropout(i)
+                output = self._forward(batch, loss)
+                (output.total.reshape(-1) / divisors.to(output.total)).sum().backward()
+                totals.add(output, counts[i])
+                self.mesh.alive()
+            if tree is not None:
+                tree.take()
+        if tree is not None:
+            tree.give_back()
+        self._drawn += 1
         metrics, mean = totals.over_ranks(self.mesh)
         self._mean_loss += mean
         return metrics
 
-    def optim_step(self, learning_rate: float) -> Update:
+    def optim_step(self, learning_rate: float, refuse: Callable[[float, float], str] | None = None) -> Update:
         """Moves the parameters by the gradient that was added up, and clears it.
 
         A loss or gradient that is not finite moves nothing and leaves the optimizer's state as it was.
+
+        Args:
+            refuse: is told the mean loss and the gradient's norm, the same on every rank, and says why this step must
+                not be made; empty: it may.
         """
-        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        grad_norm = gradient_norm(gradients, self.mesh)
+        finish_gradients(self.model, self.mesh)
+        names, groups = self._names(), self.optimizer.param_groups
+        named = [(names[p], p.grad) for group in groups for p in group["params"] if p.grad is not None]
+        gradients = [gradient for _, gradient in named]
+        own = [local(gradient) for name, gradient in named if is_writer(self.model, name, gradient, self.mesh)]
+        grad_norm = norm_by_rows(own, self.mesh) if self.elastic else gradient_norm(own, self.mesh)
         mean_loss, self._mean_loss = self._mean_loss, 0.0
-        if not math.isfinite(mean_loss) or not math.isfinite(grad_norm):
+        reason = "" if refuse is None else refuse(mean_loss, grad_norm)
+        if not reason and not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
+            reason = f"the {'gradient' if math.isfinite(mean_loss) else 'loss'} is not finite"
+        if reason:
             self.optimizer.zero_grad(set_to_none=True)
-            what = "gradient" if math.isfinite(mean_loss) else "loss"
-            return Update(grad_norm, skipped=True, reason=f"the {what} is not finite")
+            return Update(grad_norm, skipped=True, reason=reason)
         if self.max_grad_norm is not None and grad_norm > self.max_grad_norm:
             for gradient in gradients:
                 local(gradient).mul_(self.max_grad_norm / grad_norm)
@@ -129,6 +159,7 @@ class Policy:
             for rows in in_chunks(self.annotated(step, loss), self.micro_batch_size):
                 batch = collate(rows)
                 totals.add(self._forward(batch, loss), loss.count(batch))
+                self.mesh.alive()
         return totals.over_ranks(self.mesh)[0]
 
     def logprobs(self, blocks: list[Block]) -> list[Tensor]:
@@ -140,39 +171,44 @@ class Policy:
         """float32 [D, E] for each block, on this rank's device: one vector a document, 0 for unused entries.
 
         Args:
-            training: with dropout, drawn as a `forward_backward` over the same blocks right afterwards draws it: the
-                generators are left where they were. None of the blocks is empty then, since it passes over those.
+            training: with dropout, drawn as a `forward_backward` over the same blocks right afterwards draws it.
         """
         self.model.train(training)
         result: list[Tensor] = []
-        with torch.random.fork_rng([self.mesh.device] if self.mesh.device.type == "cuda" else []):
-            for rows in in_chunks(blocks, self.micro_batch_size):
-                batch = collate(rows).to(self.mesh.device)
-                outputs = self.model(batch, needs=frozenset({"embeddings"}), reads=torch.zeros_like(batch.loss_mask))
-                result += outputs.embeddings.split([row.documents.shape[0] for row in rows])
+        for i, rows in enumerate(in_chunks(blocks, self.micro_batch_size)):
+            batch = collate(rows).to(self.mesh.device)
+            self._seed_dropout(i)
+            outputs = self.model(batch, needs=frozenset({"embeddings"}), reads=torch.zeros_like(batch.loss_mask))
+            result += outputs.embeddings.split([row.documents.shape[0] for row in rows])
+            self.mesh.alive()
         return result
 
-    def state(self) -> tuple[Tensors, dict[str, Any]]:
-        """(tensors by part and name, JSON) of everything that a later `load` needs to go on bit for bit.
+    def state(self) -> tuple[Pieces, dict[str, Any]]:
+        """(what this rank holds by part and name, JSON) of everything that a later `load` needs to go on bit for bit.
 
         Tensors are live, not copies. `model` holds the trained parameters under their Hugging Face names, `optimizer`
-        its state as `exp_avg.<parameter name>`, `rng` the generators' states as uint8.
+        its state as `exp_avg.<parameter name>`.
         """
         names = self._names()
         optimizer = {
-            f"{kind}.{names[parameter]}": local(value)
+            f"{kind}.{names[parameter]}": self._piece(names[parameter], value)
             for parameter in names
             for kind, value in self.optimizer.state.get(parameter, {}).items()
         }
-        rng = {"torch": torch.get_rng_state()}
-        if self.mesh.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.mesh.device)
-        model = {name: local(parameter.detach()) for parameter, name in names.items()}
-        return {"model": model, "optimizer": optimizer, "rng": rng}, {"optimizer": type(self.optimizer).__name__}
+        model = {name: self._piece(name, parameter) for parameter, name in names.items()}
+        json = {"optimizer": type(self.optimizer).__name__, "drawn": self._drawn}
+        return {"model": model, "optimizer": optimizer}, json
+
+    def wanted(self, part: str, name: str, shape: tuple[int, ...]) -> Region:
+        """Which region of a saved tensor of that whole `shape` this rank's `load` takes."""
+        of = name.partition(".")[2] if part == "optimizer" else name
+        parameter = dict(self.model.trainable_parameters()).get(of)
+        region = Region.all_of(shape) if parameter is None else self._piece(of, parameter).region
+        return region if region.whole == tuple(shape) else Region.all_of(shape)  # `load` says what is wrong with it
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]], json: Mapping[str, Any]) -> None:
-        """Becomes the policy whose `state` this is.
+        """Becomes the policy whose `state` this is; of every tensor the region that is `wanted` here.
 
         Raises:
             ResumeError: it was saved by another optimizer, or its parameters are not the trained ones of this model.
@@ -197,9 +233,7 @@ class Policy:
         groups = self.optimizer.state_dict()["param_groups"]
         by_index = {index: state[name] for index, name in enumerate(ordered) if name in state}
         self.optimizer.load_state_dict({"state": by_index, "param_groups": groups})
-        torch.set_rng_state(tensors["rng"]["torch"])
-        if self.mesh.device.type == "cuda" and "cuda" in tensors["rng"]:  # absent where a CPU began the run
-            torch.cuda.set_rng_state(tensors["rng"]["cuda"], self.mesh.device)
+        self._drawn = json["drawn"]
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The whole model under Hugging Face names, adapters merged: what an engine loads."""
@@ -229,6 +263,18 @@ class Policy:
         )
         return loss(outputs, batch)
 
+    def _piece(self, name: str, tensor: Tensor) -> Piece:
+        region = region_of(self.model, name, tensor, self.mesh)
+        return Piece(local(tensor), region, is_writer(self.model, name, tensor, self.mesh))
+
+    def _seed_dropout(self, micro_batch: int) -> None:
+        """Dropout depends on the step and on which of its micro-batches this is, not on what was drawn before: so a
+        resumed run draws what it would have drawn, and so does another number of ranks."""
+        sizes, mesh = self.mesh.sizes, self.mesh
+        place = micro_batch * sizes.data + mesh.data_rank
+        name = f"dropout:{self._drawn}:{place}:{mesh.axis_rank('cp')}"  # tp ranks drop the same, cp ranks their own
+        torch.manual_seed(generator(self.seed, name).initial_seed())
+
     def _names(self) -> dict[torch.nn.Parameter, str]:
         return {parameter: name for name, parameter in self.model.trainable_parameters()}
 
@@ -254,64 +300,29 @@ def logprobs(
     return result
 
 
-class Totals:
-    """Sums losses and metrics of micro-batches in float64 where they are, so that the host waits once a step."""
-
-    def __init__(self) -> None:
-        self.names: tuple[str, ...] = ()
-        self.num_terms = 0
-        self.sums: Tensor | None = None
-
-    def add(self, output: LossOutput, count: Tensor) -> None:
-        """`count` is the loss's, shaped as its total."""
-        assert self.names in ((), tuple(output.metrics)), "a loss names the same metrics for every block"
-        self.names, self.num_terms = tuple(output.metrics), output.total.numel()
-        parts = (output.total, count, *(value for pair in output.metrics.values() for value in pair))
-        device = output.total.device
-        row = torch.cat([torch.as_tensor(part, device=device).detach().double().reshape(-1) for part in parts])
-        self.sums = row if self.sums is None else self.sums + row
-
-    def over_ranks(self, mesh: Mesh) -> tuple[dict[str, Metric], float]:
-        """(metrics, what was minimised) over all micro-batches of all ranks.
-
-        A loss whose terms are counted differently cannot say its value as one (sum, count) and leaves out `loss`: here
-        it is (total[0] / count[0] + total[1] / count[1] + ..., 1).
-        """
-        if self.sums is None:
-            return {}, 0.0
-        sums, terms = mesh.sum_scalars(self.sums.tolist()), self.num_terms
-        mean = sum(total / (count or 1.0) for total, count in zip(sums[:terms], sums[terms:], strict=False))
-        pairs = sums[2 * terms :]
-        metrics = {name: (pairs[2 * i], pairs[2 * i + 1]) for i, name in enumerate(self.names)}
-        return {"loss": (mean, 1.0), **metrics}, mean
-
-
 def gradient_norm(gradients: list[Tensor], mesh: Mesh) -> float:
-    """Euclidean norm of all tensors laid end to end, over all ranks: first each tensor's in float32, then of those.
-
-    A sharded tensor's shards add up over the ranks; a replicated one is the same on each and counts once.
-    """
-    sharded = _norm([gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)])
-    whole = _norm([gradient for gradient in gradients if not isinstance(gradient, DTensor)])
-    (squares,) = mesh.sum_scalars([sharded**2])
-    return math.sqrt(squares + whole**2)
-
-
-def _norm(tensors: list[Tensor]) -> float:
-    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in tensors]
-    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's shard of a sharded tensor (all of it on one rank), the tensor itself otherwise; memory is shared."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    """Euclidean norm of tensors laid end to end over all ranks, each part given by one rank alone: first each tensor's
+    in float32, then of those."""
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+    norm = float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+    if mesh.world_size == 1:
+        return norm
+    squares = torch.tensor([[norm**2]], dtype=torch.float64)
+    return math.sqrt(mesh.sum_rows(squares, every_rank=True)[0])
 
 
 def _like(parameter: Tensor, shard: Tensor) -> Tensor:
     """`shard` as an optimizer holds it for `parameter`; scalars such as the step count are never sharded."""
     if not isinstance(parameter, DTensor) or shard.ndim == 0:
         return shard
-    return DTensor.from_local(shard, parameter.device_mesh, parameter.placements, run_check=False)
+    return DTensor.from_local(
+        shard,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
 
 
 def in_chunks(blocks: Iterable[Block], size: int) -> Iterator[list[Block]]:

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
 
 from burnish.model.attention import visible_pairs
+from burnish.model.context_parallel import whole_rows
 from burnish.model.policy_model import one_document
 from burnish.model.project import VECTORS, previous_token
 
@@ -208,7 +209,7 @@ def _probe(model: PolicyModel, num_tokens: int, *, backward: bool) -> tuple[_Wat
 def _undisturbed(model: PolicyModel, device: torch.device) -> Iterator[None]:
     devices = [device] if device.type == "cuda" else []
     # A graph compiled for eight tokens would be thrown away: compiled layers run as plain Python here.
-    with torch.random.fork_rng(devices=devices), torch.compiler.set_stance("force_eager"):
+    with torch.random.fork_rng(devices=devices), torch.compiler.set_stance("force_eager"), whole_rows(model):
         model.train()
         yield
     model.zero_grad(set_to_none=True)

@@ -6,29 +6,22 @@ A check takes the recipe and yields (key path, reason, cure) for everything it f
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from burnish.errors import UserError
-from burnish.recipe.written import KeyPath, Written, dotted
+from burnish.launch.layout import Misfit
+from burnish.recipe.written import Written, dotted
 
 if TYPE_CHECKING:
     from burnish.losses.base import Loss
     from burnish.recipe.schema import Recipe
 
 
-class Misfit(NamedTuple):
-    """What does not fit: the key a person would change, why, and to what."""
-
-    path: KeyPath
-    reason: str
-    cure: str
-
-
-def misfits(recipe: Recipe, written: Written) -> list[UserError]:
-    """Everything in `recipe` that does not fit together."""
-    found = [misfit for check in CHECKS for misfit in check(recipe)]
+def misfits(recipe: Recipe, written: Written, found: Sequence[Misfit] = ()) -> list[UserError]:
+    """Everything in `recipe` that does not fit together, with what was `found` elsewhere."""
+    found = [misfit for check in CHECKS for misfit in check(recipe)] + list(found)
     return [UserError(f"{dotted(m.path)}: {m.reason}", where=written.place(m.path), cure=m.cure) for m in found]
 
 
@@ -57,6 +50,39 @@ def batch(recipe: Recipe) -> Iterator[Misfit]:
         yield Misfit(("global_batch_size",), reason, f"{nearest}; or micro_batch_size: {divisors[-1]}")
 
 
+def elastic(recipe: Recipe) -> Iterator[Misfit]:
+    """Every sum of an elastic run has one order, whatever the number of ranks."""
+    if recipe.determinism != "elastic":
+        return
+    path, losses = ("determinism",), _single_losses(recipe)
+    if any("kto_kl" in loss.asks for loss in losses):
+        yield Misfit(path, "kto pairs prompts with answers of the same rank's rows", "set it to fixed")
+    if any("embeddings" in loss.needs for loss in losses):
+        yield Misfit(path, "its loss couples all documents of a step in one sum", "set it to fixed")
+    if recipe.mesh == "auto":
+        return
+    if recipe.mesh.tp > 1 or recipe.mesh.cp > 1:
+        reason = "tp and cp cut the sums inside a layer, and rounding with them"
+        yield Misfit(path, reason, "set it to fixed, or mesh.tp and mesh.cp to 1")
+    if recipe.mesh.dp_replicate > 2:
+        reason = "the sum over more than two copies of the model has an order of its own"
+        yield Misfit(("mesh", "dp_replicate"), reason, "1 or 2 with `determinism: elastic`")
+
+
+def rollback(recipe: Recipe) -> Iterator[Misfit]:
+    """There is a checkpoint from before the rows that a rollback passes over."""
+    anomaly, checkpoint = recipe.anomaly, recipe.checkpoint
+    if anomaly.action != "rollback" or checkpoint.save_every == "auto":
+        return
+    if anomaly.steps_before > (checkpoint.keep - 1) * checkpoint.save_every:
+        reason = (
+            f"{checkpoint.keep} checkpoints every {checkpoint.save_every} steps may all be from behind the "
+            f"{anomaly.steps_before} steps before the bad one"
+        )
+        keep = -(-anomaly.steps_before // checkpoint.save_every) + 1
+        yield Misfit(("anomaly", "steps_before"), reason, f"checkpoint.keep: {keep}, or fewer steps_before")
+
+
 def row_length(recipe: Recipe) -> Iterator[Misfit]:
     """The longest document fits into a row."""
     row, longest = recipe.data.packing.row_length, recipe.data.max_length
@@ -64,6 +90,18 @@ def row_length(recipe: Recipe) -> Iterator[Misfit]:
         reason = f"rows of {row} tokens cannot hold a document of max_length {longest}"
         cure = f"row_length: {longest}, or data.max_length: {row}; documents are never split over rows"
         yield Misfit(("data", "packing", "row_length"), reason, cure)
+
+
+def saving(recipe: Recipe) -> Iterator[Misfit]:
+    """An interval is chosen from a failure rate, which nobody can guess."""
+    checkpoint = recipe.checkpoint
+    if checkpoint.save_every == "auto" and checkpoint.mean_hours_between_failures is None:
+        reason = "how often to save depends on how often the run fails, and nothing says that"
+        cure = (
+            "add `mean_hours_between_failures:`, 50,000 / the number of GPUs where nothing better is known "
+            "(Llama 3's 16,384 failed every 3.1 hours), or less on machines that may be taken away"
+        )
+        yield Misfit(("checkpoint", "save_every"), reason, cure)
 
 
 def evaluation(recipe: Recipe) -> Iterator[Misfit]:
@@ -216,7 +254,10 @@ def second_models(recipe: Recipe) -> Iterator[Misfit]:
 CHECKS: tuple[Callable[[Recipe], Iterator[Misfit]], ...] = (
     length_of_run,
     batch,
+    elastic,
+    rollback,
     row_length,
+    saving,
     evaluation,
     streams,
     remote_code,

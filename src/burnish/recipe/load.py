@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import ValidationError
 from pydantic_core import to_json
 
-from burnish.errors import RecipeError, UserError
+from burnish.errors import ModelError, RecipeError, UserError
+from burnish.launch import layout
 from burnish.recipe import checks, explain, written
 from burnish.recipe.schema import Recipe
 
+if TYPE_CHECKING:
+    from burnish.launch.layout import Misfit
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+
+def load_recipe(
+    path: str | Path, overrides: Sequence[str] = (), *, ranks: int | Literal["all"] | None = None
+) -> Recipe:
     """The recipe at `path`, a YAML file or a run folder, with `key.path=value` overrides applied in order.
 
     The recipe's folder and the current folder become importable, so that `type: my_module:MyClass` is found there.
+
+    Args:
+        ranks: how many it is to run on, and must be fit for; `all` that its launch or the environment says. None: what
+            is not about running it, such as looking at its data.
 
     Raises:
         RecipeError: with all errors of writing and schema; if there are none, with all of parts that do not fit.
@@ -38,10 +50,22 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except ValidationError as error:
         problems = source.problems + explain.explain(error, source)
         raise RecipeError(tuple(sorted(problems, key=_line))) from None
-    problems = source.problems or checks.misfits(recipe, source)
+    found = [] if ranks is None else _layout(recipe, layout.world_size(recipe) if ranks == "all" else ranks)
+    problems = source.problems or checks.misfits(recipe, source, found)
     if problems:
         raise RecipeError(tuple(sorted(problems, key=_line)))
     return recipe
+
+
+def _layout(recipe: Recipe, world_size: int) -> list[Misfit]:
+    """What does not divide; the model's configuration is only read where its layers are cut."""
+    hf_config = None
+    if recipe.mesh != "auto" and recipe.mesh.tp > 1:
+        from burnish.model.load import load_config
+
+        with contextlib.suppress(ModelError):  # said when the model is opened
+            hf_config = load_config(recipe.model)
+    return layout.misfits(recipe, world_size, hf_config)
 
 
 def _line(problem: UserError) -> float:

@@ -58,7 +58,7 @@ class Written:
         >>> written.override("data.packing={type: none}")
         >>> written.override("data.train.0.path=other.jsonl")
         """
-        name = f"override '{text}'"
+        name = f"override '{_without_secrets(text)}'"
         keys, equals, value = text.partition("=")
         if not (equals and re.fullmatch(r"[\w-]+(\.[\w-]+)*", keys)):
             self.problems.append(UserError("not of the form key.path=value", where=name, cure="such as num_steps=20"))
@@ -146,6 +146,11 @@ def _has_room(holder: Any, key: str | int) -> bool:
     if isinstance(holder, list):
         return isinstance(key, int) and key <= len(holder)
     return isinstance(holder, dict) and isinstance(key, str)
+
+
+def _without_secrets(text: str) -> str:
+    """What is told of an override goes to logs: `s3://user:key@bucket?sig=1` is `s3://***@bucket?***` there."""
+    return re.sub(r"://[^\s/@]+@", "://***@", re.sub(r"(://[^\s?]*)\?\S+", r"\1?***", text))
 
 
 def _leads_nowhere(holder: Any, path: KeyPath, key: str | int) -> str:

@@ -13,7 +13,7 @@ from burnish.workflows.base import Workflow, minimise
 
 if TYPE_CHECKING:
     from burnish.policy.second import SecondModel
-    from burnish.workflows.base import Run
+    from burnish.workflows.run import Run
 
 LOSSES = OneOf("burnish.losses", default="kd")
 

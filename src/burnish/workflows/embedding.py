@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from burnish.policy.policy import Policy, Totals
+    from burnish.policy.policy import Policy
+    from burnish.policy.totals import Totals
     from burnish.types import Block, Metric
-    from burnish.workflows.base import Run
+    from burnish.workflows.run import Run
 
 LOSSES = OneOf("burnish.losses", default="info_nce")
 
@@ -47,45 +48,49 @@ class Embedding(Workflow):
     def run(self, run: Run) -> None:
         """Gradient descent on the loss of whole steps."""
         policy = run.policy
-        assert policy.mesh.world_size == 1, "vectors are not gathered over ranks"
         measure = partial(self.measure, policy, run.blocks_per_step)
         run.evaluate_at_start(measure)
         for learning_rate, blocks in run.batches():
-            rows = [block for block in blocks if block.num_documents]
+            # With more ranks all make as many forward passes, so the rows that fill up the last step stay.
+            rows = blocks if policy.mesh.world_size > 1 else [block for block in blocks if block.num_documents]
             embeddings = policy.embeddings(rows, training=True)
             metrics, gradients = self.cached(policy, embeddings, rows)
             with_gradients = [_with_column(row, gradient) for row, gradient in zip(rows, gradients, strict=True)]
             policy.forward_backward(with_gradients, CachedGradient(of=self.loss))
-            update = policy.optim_step(learning_rate)
+            update = policy.optim_step(learning_rate, run.judge)
             run.record(metrics, update, blocks, self.loss)
             run.evaluate_if_due(measure)
 
     def cached(
         self, policy: Policy, embeddings: list[Tensor], blocks: list[Block]
     ) -> tuple[dict[str, Metric], list[Tensor]]:
-        """Metrics of the loss over all `blocks` at once; and for each block [D, n, E], the gradients of the loss's n
-        terms at its vectors, before the division by their counts."""
+        """Metrics of the loss over all ranks' `blocks` at once; and for each of this rank's [D, n, E], the gradients of
+        the loss's n terms at its vectors, before the division by their counts."""
         import torch
 
-        from burnish.policy.policy import Totals
+        from burnish.policy.totals import Totals
+        from burnish.workflows.gathered import of_all_ranks
 
+        everyone, embeddings, own = of_all_ranks(blocks, embeddings, policy.mesh)
         totals, vectors = Totals(), torch.cat(embeddings).requires_grad_()
-        terms = self._over(vectors, blocks, totals).reshape(-1)
+        terms = self._over(vectors, everyone, totals).reshape(-1)
         gradients = torch.stack([torch.autograd.grad(term, vectors, retain_graph=True)[0] for term in terms], 1)
-        sizes = [block.documents.shape[0] for block in blocks]
-        return totals.over_ranks(policy.mesh)[0], list(gradients.split(sizes))
+        parts = gradients.split([block.documents.shape[0] for block in everyone])
+        return totals.over_ranks(policy.mesh)[0], [parts[place] for place in own]
 
     def measure(self, policy: Policy, blocks_per_step: int, blocks: Iterable[Block]) -> dict[str, Metric]:
         """Of held-out rows: the loss's metrics, over as many rows at a time as a step has, and those of every query's
         ranking of all their documents."""
         import torch
 
-        from burnish.policy.policy import Totals, in_chunks
+        from burnish.policy.policy import in_chunks
+        from burnish.policy.totals import Totals
+        from burnish.workflows.gathered import of_all_ranks
         from burnish.workflows.retrieval import Corpus
 
         totals, corpus = Totals(), Corpus()
-        for rows in in_chunks(blocks, blocks_per_step):
-            embeddings = policy.embeddings(rows)
+        for mine in in_chunks(blocks, blocks_per_step):
+            rows, embeddings, _ = of_all_ranks(mine, policy.embeddings(mine), policy.mesh)
             self._over(torch.cat(embeddings), rows, totals)
             for vectors, row in zip(embeddings, rows, strict=True):
                 corpus.add(vectors, row)

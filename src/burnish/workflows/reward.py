@@ -9,7 +9,7 @@ from burnish.losses.base import Loss
 from burnish.workflows.base import Workflow, minimise
 
 if TYPE_CHECKING:
-    from burnish.workflows.base import Run
+    from burnish.workflows.run import Run
 
 LOSSES = OneOf("burnish.losses", default="bradley_terry")
 

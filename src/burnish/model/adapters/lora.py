@@ -76,11 +76,14 @@ class LoRA(Adapter):
         except ImportError as error:
             raise ModelError("LoRA needs peft", where="model.adapter", cure='pip install "burnish[lora]"') from error
         from burnish.model.adapters.weights import ADAPTER, initialise
+        from burnish.model.deferred import is_deferred
 
         was_tied, config = model.is_tied, self.peft_config(model)
+        deferred = is_deferred(model.head.weight)
         model.causal_lm.requires_grad_(False)  # not the heads beside the language model's: they are new, and train
         with without_known_warnings():
-            inject_adapter_in_model(config, model.causal_lm, adapter_name=ADAPTER)
+            # Beside deferred weights PEFT makes its own without memory; `initialise` says what they hold.
+            inject_adapter_in_model(config, model.causal_lm, adapter_name=ADAPTER, low_cpu_mem_usage=deferred)
         model.add_module(model.head_name, getattr(model.causal_lm, model.head_name))
         embedding = model.causal_lm.get_input_embeddings()
         if was_tied and hasattr(model.head, "modules_to_save"):

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from burnish.model.parallel import whole
+from burnish.model.deferred import assign, is_deferred, values
 from burnish.model.seeded import generator
+from burnish.model.shards import Whole, reader, whole_shape
 
 if TYPE_CHECKING:
     from burnish.model.policy_model import PolicyModel
@@ -28,22 +30,37 @@ def initialise(model: PolicyModel, seed: int) -> None:
     The laws are PEFT's: A of a linear layer uniform in +-1/sqrt(fan_in), B of an embedding normal; but each is drawn on
     the CPU from a generator of its own.
     """
-    for name, parameter in model.causal_lm.named_parameters():
-        if ".lora_" not in name or parameter.is_meta:
+    if model.head.weight.is_meta and not is_deferred(model.head.weight):
+        return
+    for name, parameter in list(model.causal_lm.named_parameters()):
+        if ".lora_" not in name:
             continue
         parameter.data = parameter.data.float()
+        owner_name, _, leaf = name.rpartition(".")
         if ".lora_magnitude_vector" in name:
             layer = model.causal_lm.get_submodule(name.partition(".lora_")[0])
-            # By PEFT's own function: the forward pass divides by what it returns, and must find exactly one.
-            norms = layer.lora_magnitude_vector[ADAPTER].get_weight_norm(frozen_weight(layer).float(), 0.0, 1.0)
-            parameter.data = norms.clone()
+            make = partial(_norms, layer.lora_magnitude_vector[ADAPTER], frozen_weight(layer))
         elif ".lora_A" in name:
-            bound = 1 / math.sqrt(parameter.shape[1])
-            parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator(seed, name)))
+            make = partial(_uniform, parameter.shape, seed, name)
         elif ".lora_embedding_B" in name:
-            parameter.copy_(torch.empty(parameter.shape).normal_(generator=generator(seed, name)))
+            make = partial(_normal, parameter.shape, seed, name)
         else:
-            parameter.zero_()
+            make = partial(torch.zeros, parameter.shape)
+        assign(model.causal_lm.get_submodule(owner_name), leaf, make)
+
+
+def _norms(dora: Any, weight: Tensor) -> Tensor:
+    """By PEFT's own function: the forward pass divides by what it returns, and must find exactly one."""
+    return dora.get_weight_norm(values(weight).float(), 0.0, 1.0)
+
+
+def _uniform(shape: torch.Size, seed: int, name: str) -> Tensor:
+    bound = 1 / math.sqrt(shape[1])
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator(seed, name))
+
+
+def _normal(shape: torch.Size, seed: int, name: str) -> Tensor:
+    return torch.empty(shape).normal_(generator=generator(seed, name))
 
 
 def frozen_weight(layer: Any) -> Tensor:
@@ -66,7 +83,7 @@ def adapted_weight(layer: Any, read: Callable[[Tensor], Tensor] = lambda tensor:
     summed in float32. A `Conv1D` keeps W transposed, and the embedding of V tokens is a layer of V inputs.
 
     Args:
-        read: applied to each tensor first; `whole` gathers what is sharded.
+        read: applied to each tensor first; `shards.reader` gathers what is cut over ranks.
     """
     is_embedding = bool(layer.lora_embedding_A)
     a = layer.lora_embedding_A[ADAPTER] if is_embedding else layer.lora_A[ADAPTER].weight
@@ -84,8 +101,8 @@ def adapted_weight(layer: Any, read: Callable[[Tensor], Tensor] = lambda tensor:
     return adapted.to(weight.dtype)
 
 
-def weights_without_adapter(model: PolicyModel, *, merge: bool) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, whole tensor) of every weight, under the names from before `apply`.
+def weights_without_adapter(model: PolicyModel, *, merge: bool) -> Iterator[tuple[str, Whole]]:
+    """(Hugging Face name, tensor) of every weight, under the names from before `apply`.
 
     With `merge` an adapted weight is W' of `adapted_weight`, rounded once, and a module that was trained in full is the
     trained one; else both are what they were. Four bits come out as the floats that they stand for.
@@ -94,32 +111,46 @@ def weights_without_adapter(model: PolicyModel, *, merge: bool) -> Iterator[tupl
     kept = f"modules_to_save.{ADAPTER}." if merge else "original_module."
     state: dict[str, Any] = model.state_dict(keep_vars=True)
     four_bits = {name for name, tensor in state.items() if getattr(tensor, "quant_state", None) is not None}
+    read = reader(model)
     for name, tensor in state.items():
         if ".lora_" in name or passed in name or name.partition(".weight.")[0] + ".weight" in four_bits - {name}:
             continue
         layer_name, _, leaf = name.rpartition(".base_layer.")
+        make, shape, dtype = partial(read, tensor), whole_shape(model, name, tensor), tensor.dtype
+        if name in four_bits:
+            make = partial(frozen_weight, model.get_submodule(name.removesuffix(".weight")))
+            shape, dtype = tuple(tensor.quant_state.shape), tensor.quant_state.dtype
         if layer_name and leaf == "weight" and merge:
-            tensor = adapted_weight(model.get_submodule(layer_name), whole).detach()
-        elif name in four_bits:
-            tensor = frozen_weight(model.get_submodule(name.removesuffix(".weight")))
-        yield name.replace(".base_layer.", ".").replace(f".{kept}", "."), whole(tensor)
+            make = partial(_merged, model.get_submodule(layer_name), read)
+        yield name.replace(".base_layer.", ".").replace(f".{kept}", "."), Whole(make, shape, dtype)
 
 
-def adapter_tensors(model: PolicyModel) -> dict[str, Tensor]:
+def _merged(layer: Any, read: Callable[[Tensor], Tensor]) -> Tensor:
+    return adapted_weight(layer, read).detach()
+
+
+def adapter_tensors(model: PolicyModel) -> dict[str, Whole]:
     """What was trained, under the names of PEFT's `adapter_model.safetensors`, padding rows cut off. A tied weight is
     written under both names.
 
     PEFT writes DoRA's magnitudes as `lora_magnitude_vector`, which transformers' own reader of such files passes over;
     both read `lora_magnitude_vector.weight`.
     """
-    found = {}
+    found, read = {}, reader(model)
     for name, parameter in model.causal_lm.named_parameters(remove_duplicate=False):
         layer, _, part = re.sub(r"\.(lora_|modules_to_save)", r" \1", name).partition(" ")
         if part:
-            tensor = _cut(model, layer, part, whole(parameter))
+            shape = whole_shape(model, name, parameter)
+            # What is cut off is known from the shape alone: from a tensor that has no memory.
+            shape = tuple(_cut(model, layer, part, torch.empty(shape, device="meta")).shape)
+            make = partial(_whole_part, model, layer, part, partial(read, parameter))
             part = part.removeprefix(f"modules_to_save.{ADAPTER}.").replace(f".{ADAPTER}", "")
-            found[f"base_model.model.{layer}.{part}"] = tensor.contiguous().clone()
+            found[f"base_model.model.{layer}.{part}"] = Whole(make, shape, parameter.dtype)
     return found
+
+
+def _whole_part(model: PolicyModel, layer: str, part: str, make: Callable[[], Tensor]) -> Tensor:
+    return _cut(model, layer, part, make()).contiguous().clone()
 
 
 def _cut(model: PolicyModel, layer: str, part: str, tensor: Tensor) -> Tensor:

@@ -60,8 +60,10 @@ def attach(model: PolicyModel, head: Head, *, seed: int) -> None:
     """
     parts, new = head.parts(), open_heads(head, model.hf_config, seed=seed)
     refuse_taken(new, model, model.hf_config.model_type)
+    device = model.head.weight.device
     for name, module in new.items():
-        model.add_module(name, module.to(model.head.weight.device))
+        # Beside deferred weights a head, small as it is, is drawn at once, and FSDP moves it to the device.
+        model.add_module(name, module.to("cpu" if device.type == "meta" else device))
         model.heads[name] = parts[name]
     model.makes_tokens = any(part.makes == "tokens" for part in parts.values())
     if model.makes_tokens or model.is_tied:

@@ -23,10 +23,11 @@ def flex_document_attention(
     scale: float,
     window: int | None,
     softcap: float | None,
+    first: int = 0,
 ) -> Tensor:
-    """`q` [Hq, T, Dk], `k` [Hkv, T, Dk], `v` [Hkv, T, Dv], `documents` int32 [D, 4] -> [Hq, T, Dv], zero on padding."""
-    spans = spans_of_tokens(documents.to(q.device, non_blocking=True), q.shape[1])
-    out, lse = _compiled()(q, k, v, spans, scale, window, softcap)
+    """`q` [Hq, t, Dk], `k` [Hkv, T, Dk], `v` [Hkv, T, Dv], `documents` int32 [D, 4] -> [Hq, t, Dv], zero on padding."""
+    spans = spans_of_tokens(documents.to(q.device, non_blocking=True), k.shape[1])
+    out, lse = _compiled()(q, k, v, spans, scale, window, softcap, first)
     if sinks is not None:
         out = out * torch.sigmoid(lse - sinks.unsqueeze(1)).unsqueeze(-1).to(out.dtype)
     return out.transpose(0, 1).contiguous().transpose(0, 1)
@@ -45,11 +46,12 @@ def spans_of_tokens(documents: Tensor, num_tokens: int) -> Tensor:
     return torch.where(inside.any(0), spans, padding)
 
 
-def visible(spans: Tensor, window: int | None) -> Callable[[Any, Any, Tensor, Tensor], Tensor]:
-    """FlexAttention's mask function over `spans_of_tokens`."""
+def visible(spans: Tensor, window: int | None, first: int = 0) -> Callable[[Any, Any, Tensor, Tensor], Tensor]:
+    """FlexAttention's mask function over `spans_of_tokens`, where query 0 is token `first`."""
     start, prefix_start, prefix_end = spans
 
-    def sees(_batch: Any, _head: Any, query: Tensor, key: Tensor) -> Tensor:
+    def sees(_batch: Any, _head: Any, row: Tensor, key: Tensor) -> Tensor:
+        query = row + first
         own = (key >= start[query]) & (key <= query)
         prefix = (key >= prefix_start[query]) & (key < prefix_end[query])
         if window is None:
@@ -61,17 +63,23 @@ def visible(spans: Tensor, window: int | None) -> Callable[[Any, Any, Tensor, Te
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, spans: Tensor, scale: float, window: int | None, softcap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """`out` [Hq, T, Dv] and `lse` [Hq, T] by FlexAttention."""
+    """`out` [Hq, t, Dv] and `lse` [Hq, t] by FlexAttention."""
     from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
     def cap(score: Tensor, _batch: Any, _head: Any, _query: Tensor, _key: Tensor) -> Tensor:
         assert softcap is not None
         return softcap * torch.tanh(score / softcap)
 
-    num_tokens = q.shape[1]
-    mask = create_block_mask(visible(spans, window), None, None, num_tokens, num_tokens, device=q.device)
+    mask = create_block_mask(visible(spans, window, first), None, None, q.shape[1], k.shape[1], device=q.device)
     out, aux = flex_attention(
         q.unsqueeze(0),
         k.unsqueeze(0),

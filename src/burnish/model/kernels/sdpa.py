@@ -24,9 +24,16 @@ _QUERIES_AT_ONCE = 128
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, window: int | None, softcap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Documents,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """`q` [Hq, T, Dk], `k` [Hkv, T, Dk], `v` [Hkv, T, Dv] -> `out` [Hq, T, Dv], `lse` [Hq, T]; see the package."""
+    """`q` [Hq, t, Dk], `k` [Hkv, T, Dk], `v` [Hkv, T, Dv] -> `out` [Hq, t, Dv], `lse` [Hq, t]; see the package."""
     num_heads, num_tokens, _ = q.shape
     out = q.new_zeros(num_tokens, num_heads, v.shape[-1]).transpose(0, 1)
     lse = torch.zeros(num_heads, num_tokens, dtype=lse_dtype(q), device=q.device)
@@ -35,16 +42,17 @@ def forward(
     k, v = _rows_dense(k), _rows_dense(v)
     for start, end, prefix_start, prefix_end in documents:
         own, prefix = slice(start, end), slice(prefix_start, prefix_end)
+        rows = slice(start - first, end - first)
         length = end - start + prefix_end - prefix_start
         if _fused(q, v, length, window, softcap):
-            part, part_lse = _fused_forward(q_G[:, :, own], k[:, own], v[:, own], True, scale)
+            part, part_lse = _fused_forward(q_G[:, :, rows], k[:, own], v[:, own], True, scale)
             if prefix_end > prefix_start:
-                before = _fused_forward(q_G[:, :, own], k[:, prefix], v[:, prefix], False, scale)
+                before = _fused_forward(q_G[:, :, rows], k[:, prefix], v[:, prefix], False, scale)
                 part, part_lse = _merge(part, part_lse, *before)
-            out_G[:, :, own], lse_G[:, :, own] = part, part_lse
+            out_G[:, :, rows], lse_G[:, :, rows] = part, part_lse
         else:
-            math = _Math(q_G[:, :, own], k, v, own, prefix, scale, window, softcap)
-            math.forward(out_G[:, :, own], lse_G[:, :, own])
+            math = _Math(q_G[:, :, rows], k, v, own, prefix, scale, window, softcap)
+            math.forward(out_G[:, :, rows], lse_G[:, :, rows])
     return out, lse
 
 
@@ -59,6 +67,7 @@ def backward(
     scale: float,
     window: int | None,
     softcap: float | None,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `q`, `k` and `v`, in their shapes and strides."""
     dq, dk, dv = (torch.zeros_like(tensor) for tensor in (q, k, v))
@@ -68,16 +77,17 @@ def backward(
     k, v = _rows_dense(k), _rows_dense(v)
     for start, end, prefix_start, prefix_end in documents:
         own, prefix = slice(start, end), slice(prefix_start, prefix_end)
-        rows = (q_G[:, :, own], grad_G[:, :, own], out_G[:, :, own], lse_G[:, :, own])
+        mine = slice(start - first, end - first)
+        rows = (q_G[:, :, mine], grad_G[:, :, mine], out_G[:, :, mine], lse_G[:, :, mine])
         if _fused(q, v, end - start + prefix_end - prefix_start, window, softcap):
             for keys, causal in ((own, True), (prefix, False)) if prefix_end > prefix_start else ((own, True),):
                 part_q, part_k, part_v = _fused_backward(*rows, k[:, keys], v[:, keys], causal, scale)
-                dq_G[:, :, own] += part_q
+                dq_G[:, :, mine] += part_q
                 dk[:, keys] += part_k
                 dv[:, keys] += part_v
         else:
             math = _Math(rows[0], k, v, own, prefix, scale, window, softcap)
-            math.backward(*rows[1:], dq_G[:, :, own], dk, dv)
+            math.backward(*rows[1:], dq_G[:, :, mine], dk, dv)
     return dq, dk, dv
 
 

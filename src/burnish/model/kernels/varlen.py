@@ -31,11 +31,18 @@ def obstacle(q: Tensor, v: Tensor, softcap: float | None) -> str | None:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, window: int | None, softcap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Documents,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """`q` [Hq, T, Dk], `k` [Hkv, T, Dk], `v` [Hkv, T, Dv] -> `out` [Hq, T, Dv], `lse` [Hq, T]; see the package."""
+    """`q` [Hq, t, Dk], `k` [Hkv, T, Dk], `v` [Hkv, T, Dv] -> `out` [Hq, t, Dv], `lse` [Hq, t]; see the package."""
     assert softcap is None, "refused by obstacle()"
-    layout = _layout(documents, q.shape[1], q.device)
+    layout = _layout(documents, q.shape[1], k.shape[1], first, q.device)
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         *_operands(q, k, v, layout),
         *layout.lengths,
@@ -48,8 +55,9 @@ def forward(
     )
     out = out.transpose(0, 1)
     for gap in layout.gaps:
-        out[:, gap] = 0
-        lse[:, gap] = 0
+        rows = slice(gap.start - first, gap.stop - first)
+        out[:, rows] = 0
+        lse[:, rows] = 0
     return out, lse
 
 
@@ -64,9 +72,10 @@ def backward(
     scale: float,
     window: int | None,
     softcap: float | None,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `q`, `k` and `v`, in their shapes and strides."""
-    layout = _layout(documents, q.shape[1], q.device)
+    layout = _layout(documents, q.shape[1], k.shape[1], first, q.device)
     unused = torch.empty(0, device=q.device)
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
     grads = torch.ops.aten._flash_attention_backward(
@@ -90,8 +99,9 @@ def backward(
             total = grad.new_zeros(tensor.shape[1], *grad.shape[1:], dtype=torch.float32)
             grad = total.index_add_(0, layout.keys, grad.float())
         tensor.copy_(grad.transpose(0, 1))
+        before = 0 if is_key else first
         for gap in layout.gaps:
-            tensor[:, gap] = 0
+            tensor[:, gap.start - before : gap.stop - before] = 0
     return whole[0], whole[1], whole[2]
 
 
@@ -101,11 +111,12 @@ class _Layout(NamedTuple):
     keys: Tensor | None
     """Which tokens stand in the gathered keys, int64; None: the row as it is."""
     gaps: list[slice]
+    """Padding, in places of keys."""
 
 
-def _layout(documents: Documents, num_tokens: int, device: torch.device) -> _Layout:
-    spans, gaps, at = [], [], 0
-    for start, end, prefix_start, prefix_end in [*sorted(documents), (num_tokens, num_tokens, 0, 0)]:
+def _layout(documents: Documents, num_queries: int, num_keys: int, first: int, device: torch.device) -> _Layout:
+    spans, gaps, at, last = [], [], first, first + num_queries
+    for start, end, prefix_start, prefix_end in [*sorted(documents), (last, last, 0, 0)]:
         if start > at:
             gaps.append(slice(at, start))
             spans.append((at, start, at, at))
@@ -115,7 +126,7 @@ def _layout(documents: Documents, num_tokens: int, device: torch.device) -> _Lay
     queries = [end - start for start, end, _, _ in spans]
     keys = [end - start + prefix_end - prefix_start for start, end, prefix_start, prefix_end in spans]
     gathered = None
-    if keys != queries:
+    if keys != queries or num_keys != num_queries:
         pieces = [torch.arange(*piece) for s, e, ps, pe in spans for piece in ((ps, pe), (s, e))]
         gathered = torch.cat(pieces).to(device, non_blocking=True)
     return _Layout((_cumulated(queries, device), _cumulated(keys, device), max(queries), max(keys)), gathered, gaps)

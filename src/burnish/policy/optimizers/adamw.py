@@ -26,7 +26,9 @@ class AdamW(Optimizer):
     eps: Annotated[float, Ge(0)] = 1e-8
     """Added to the root of the second mean."""
 
-    def open(self, parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
+    def open(
+        self, parameters: Iterable[tuple[str, torch.nn.Parameter]], *, fused: bool = True
+    ) -> torch.optim.Optimizer:
         import torch
 
         decayed, kept = [], []
@@ -41,5 +43,6 @@ class AdamW(Optimizer):
             lr=self.learning_rate,
             betas=(self.betas[0], self.betas[1]),
             eps=self.eps,
-            fused=True,
+            fused=fused,
+            foreach=None if fused else False,
         )

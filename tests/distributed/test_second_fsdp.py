@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 
 from burnish.losses.dpo import DPO
 from burnish.losses.kd import KD
@@ -24,6 +21,7 @@ from burnish.policy.second import Reference, Teacher
 from burnish.types import Block
 from tests import tiny_run
 from tests.preference_helpers import token_block
+from tests.ranks import run_ranks
 from tests.second_helpers import LORA, PAIRS, open_policy, student, surroundings
 from tests.tiny_models import tiny_model
 
@@ -80,26 +78,20 @@ def mismatched_kl(policy: Policy, blocks: list[Block]) -> float:
     return max(0.0, total / count)
 
 
-def one_of_two(rank: int, port: int, folder: str) -> None:
+def one_of_two(rank: int, folder: str) -> None:
     """A rank's process; rank 0 writes down what came out."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
     with open_mesh("cpu") as mesh:
         found = answers(Path(folder), mesh)
         if rank == 0:
             torch.save(found, Path(folder) / "found.pt")
         mesh.barrier()
-        os._exit(0)  # see test_fsdp.py
 
 
 def test_two_ranks_answer_what_one_does(tmp_path: Path) -> None:
     for name, more in (("student", {}), ("teacher", {"seed": 5, "vocab_size": 352, "hidden_size": 48})):
         tiny_model("llama", **{"vocab_size": 320, **more}).save_pretrained(tmp_path / name)
         tiny_run.write_tokenizer(tmp_path / name)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(one_of_two, (port, str(tmp_path)), nprocs=2)
+    run_ranks(2, one_of_two, str(tmp_path))
     found = torch.load(tmp_path / "found.pt")
     with open_mesh("cpu") as mesh:
         expected = answers(tmp_path, mesh)

@@ -85,7 +85,7 @@ def exported(run_dir: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((run_dir / "model").glob("*.safetensors"))}
 
 
-@pytest.mark.parametrize("model", [{}, {"adapter": LORA}], ids=["full", "lora"])
+@pytest.mark.parametrize("model", [{}, pytest.param({"adapter": LORA}, marks=pytest.mark.long)], ids=["full", "lora"])
 def test_elastic_runs_are_bit_equal_however_many_ranks_and_resumes(model: dict[str, Any], ranks: Ranks) -> None:
     name = "lora" if model else "full"
     changes = {"model": model, "determinism": "elastic"}
@@ -137,3 +137,14 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(ranks: Ranks) -> Non
     (event,) = events(folder, "stopped")
     assert (event["reason"], event["step"]) == ("SIGTERM", 4)
     assert lines(ranks.train(recipe, 2)) == lines(undisturbed)
+
+
+def test_a_run_may_change_its_mesh_between_two_starts(ranks: Ranks) -> None:
+    alone = ranks.train(ranks.recipe("meshes-1", model={"adapter": LORA | {"lora_dropout": 0.0}}), 1)
+    recipe = ranks.recipe("meshes", model={"adapter": LORA | {"lora_dropout": 0.0}})
+    ranks.train(recipe, 2, "mesh={tp: 2}", "stop_after=2", expect=75)
+    ranks.train(recipe, 2, "mesh={cp: 2}", "stop_after=4", expect=75)
+    ranks.train(recipe, 2, "mesh={dp_replicate: 2}", "stop_after=6", expect=75)
+    folder = ranks.train(recipe, 1)
+    for found, expected in zip(lines(folder), lines(alone), strict=True):
+        assert [a for a in found if a is not None] == pytest.approx([b for b in expected if b is not None], rel=1e-4)

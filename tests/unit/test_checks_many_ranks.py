@@ -26,7 +26,7 @@ KTO = {"type": "preference", "loss": {"type": "kto"}}
 def test_what_cannot_hold_its_promise_is_refused(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
     blocks = tiny_run.recipe(tmp_path, tmp_path / "t.jsonl", tmp_path / "run") | changes
     with pytest.raises(RecipeError) as refused:
-        load_recipe(str(tiny_run.write_recipe(tmp_path / "r.yaml", blocks)), [])
+        load_recipe(str(tiny_run.write_recipe(tmp_path / "r.yaml", blocks)), [], ranks=4)
     assert expected in str(refused.value)
     assert f"{tmp_path / 'r.yaml'}:" in str(refused.value)
 

@@ -208,6 +208,52 @@ def test_rows_do_not_depend_on_the_number_of_ranks(num_epochs: int | None) -> No
 
 
 @pytest.mark.parametrize("num_epochs", [None, 2])
+def test_rows_that_belong_together_go_to_one_rank(num_epochs: int | None) -> None:
+    data = data_config(*TWO_SOURCES)
+    alone = open_stream(data, LengthRenderer(), seed=1, num_epochs=num_epochs)
+    ranks = [
+        open_stream(data, LengthRenderer(), seed=1, num_epochs=num_epochs, rank=rank, world_size=2, together=2)
+        for rank in (0, 1)
+    ]
+    expected, shares = taken(alone, 5, num_blocks=8), [taken(stream, 5, num_blocks=4) for stream in ranks]
+    for step, (first, second) in zip(expected, zip(*shares, strict=True), strict=True):
+        joined = [*first[:2], *second[:2], *first[2:], *second[2:]]
+        assert [block.sample_ids for block in joined] == [block.sample_ids for block in step]
+    for stream in (alone, *ranks):
+        stream.close()
+
+
+def test_what_fills_up_the_last_step_has_the_columns_of_the_run_on_every_rank() -> None:
+    data = data_config(Lengths(lengths=(30, 30, 30)), packing={"open_bins": 1})
+    states, columns = [], []
+    for rank in (0, 1):
+        stream = open_stream(data, LengthRenderer(), seed=0, num_epochs=1, rank=rank, world_size=2)
+        stream.take(1)
+        states.append(stream.state())
+        stream.close()
+    for rank in (0, 1):
+        resumed = open_stream(data, LengthRenderer(), seed=0, num_epochs=1, rank=rank, world_size=2)
+        resumed.load(merge_states(states))
+        (block,) = resumed.take(1)
+        columns.append({name: column.shape for name, column in block.columns.items()})
+        assert bool(block.num_documents) == (rank == 0)
+        resumed.close()
+    assert columns[0] == columns[1] and set(columns[0]) == {"weight", "twice"}
+
+
+def test_a_stream_that_goes_back_gives_the_same_rows_again() -> None:
+    stream = open_stream(data_config(*TWO_SOURCES), LengthRenderer(), seed=1, num_epochs=2)
+    stream.take(2)
+    state = stream.state()
+    rows, ledger = taken(stream, 2, num_blocks=3), stream.ledger()
+    stream.load(state)
+    again = taken(stream, 2, num_blocks=3)
+    assert all(same(a, b) for x, y in zip(again, rows, strict=True) for a, b in zip(x, y, strict=True))
+    assert stream.ledger() == ledger
+    stream.close()
+
+
+@pytest.mark.parametrize("num_epochs", [None, 2])
 def test_a_run_goes_on_with_another_number_of_ranks(num_epochs: int | None) -> None:
     data = data_config(*TWO_SOURCES)
     alone = open_stream(data, LengthRenderer(), seed=1, num_epochs=num_epochs)

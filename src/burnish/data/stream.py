@@ -78,7 +78,8 @@ class Stream:
         self._states: dict[int, dict[str, Any]] = {}
         self._blocks = self._tail = self._samples = 0
         self._over = False
-        self._columns: dict[str, Tensor] = {}
+        self._columns: dict[str, Tensor] | None = None
+        """Of some row, for the shape of what fills up the last step; None: no row was made yet."""
         self._ready: deque[Made] = deque()
         self._prefetch: Prefetch[Made] | None = None
         self.wait_seconds = 0.0
@@ -99,10 +100,8 @@ class Stream:
         if not taken or taken[0].last:
             return []
         blocks = [made.block for made in taken if made.block is not None]
-        if blocks:
-            self._columns = blocks[-1].columns
         while len(blocks) < num_blocks:
-            blocks.append(empty_block(self._row_length, max_documents(self._row_length), self._columns))
+            blocks.append(empty_block(self._row_length, max_documents(self._row_length), self._columns or {}))
             self._ledger.count_block(0)
         return blocks
 
@@ -239,8 +238,12 @@ class Stream:
     def _made(self, row: int, packed: Packed) -> Made:
         groups = [entry.group for entry in packed.entries]
         own = self._owns(row)
+        block = None
+        if own or self._columns is None:  # another rank's first row says which columns there are, too
+            block = layout(groups, self._row_length, max_documents(self._row_length))
+            self._columns = block.columns
         return Made(
-            layout(groups, self._row_length, max_documents(self._row_length)) if own else None,
+            block if own else None,
             row % self._data.packing.lanes if packed.state else -1,
             packed.state,
             _seen(packed.entries, packed.dropped),

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from burnish.errors import BurnishError, Stopped
 from burnish.launch.metrics_file import read_metrics, write_atomically
-from burnish.launch.sabotage import Injected, Saboteur, plan
+from burnish.launch.sabotage import Injected, Saboteur, plan, starts
 from burnish.launch.supervised import FolderReport, newest_checkpoint, train
 
 if TYPE_CHECKING:
@@ -153,10 +153,10 @@ class Arena:
                 saboteur.stop_requested = None
 
 
-def losses(run_dir: Path) -> list[tuple[int, float, float]]:
-    """(step, loss, gradient norm) of every step, to the last bit."""
+def losses(run_dir: Path) -> list[tuple[int, str, str]]:
+    """(step, loss, gradient norm) of every step, to the last bit; NaN is equal to NaN."""
     lines = read_metrics(run_dir / "metrics.jsonl")
-    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if "grad_norm" in line]
+    return [(line["step"], line["loss"].hex(), line["grad_norm"].hex()) for line in lines if "grad_norm" in line]
 
 
 def weights(run_dir: Path) -> dict[str, str]:
@@ -193,24 +193,17 @@ def write_certificate(arena: Arena, verdict: Verdict, seed: int) -> Path | None:
 
 
 def _lost(injected: Sequence[Injected], run_dir: Path) -> list[int]:
-    """Each fault is followed by one start, which says where it went on: from a checkpoint, or from the beginning."""
-    path = run_dir / "events.jsonl"
-    events = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    starts, resumed = [], None
-    for event in events:
-        if event["event"] == "resumed":
-            resumed = event["step"]
-        if event["event"] in ("worker_died", "worker_hung", "stopped"):
-            starts.append(resumed)
-            resumed = None
-    starts = [*starts[1:], resumed]
-    return [max(each.finished - (start or 0), 0) for each, start in zip(injected, starts, strict=False)]
+    """Steps done again after each fault; none where the run was over and no start followed."""
+    begun = starts(run_dir)
+    return [max(each.finished - begun[each.starts], 0) if each.starts < len(begun) else 0 for each in injected]
 
 
 def _detected(injected: Sequence[Injected], times: Sequence[tuple[str, float, dict[str, Any]]]) -> list[float]:
+    """Seconds from each fault that harms to the first that supervision says of a dead or hung rank after it."""
     seen = [at for kind, at, _ in times if kind in ("worker_died", "worker_hung")]
-    harmed = [each.at for each in injected if each.fault.kind != "term"]
-    return [round(later - earlier, 3) for earlier, later in zip(harmed, seen, strict=False)]
+    firsts = (next((at for at in seen if at > each.at), None) for each in injected if each.fault.kind != "term")
+    harmed = (each.at for each in injected if each.fault.kind != "term")
+    return [round(later - earlier, 3) for earlier, later in zip(harmed, firsts, strict=True) if later is not None]
 
 
 class _Timed(FolderReport):

@@ -76,11 +76,18 @@ def choose_here(recipe: Recipe) -> tuple[Recipe, list[str]]:
     """`choose` for the rank that this process is, and the run in its folder. Ranks with equal devices that see the same
     folder choose alike; whoever calls this compares what they chose."""
     from burnish.launch.run_folder import saved_recipe
+    from burnish.launch.stored_run import find_stored_run, open_store
 
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if not asks(recipe):
         return recipe, []
-    return choose(recipe, ranks, device_facts(ranks), saved_recipe(Path(recipe.run_dir)))
+    store, run_dir = recipe.checkpoint.store, Path(recipe.run_dir)
+    if store is None:
+        saved = saved_recipe(run_dir)
+    else:
+        stored = find_stored_run(open_store(store, run_dir))
+        saved = None if stored is None else stored.recipe()
+    return choose(recipe, ranks, device_facts(ranks), saved)
 
 
 def choose(

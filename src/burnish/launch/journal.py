@@ -33,7 +33,7 @@ class FolderJournal:
         if kind == "refused":  # the reason and its cure are the last thing that the command says
             still = "the data must keep their number of rows: mend a bad one in place"
             self.console.note(f"refused after step {facts['step']}, {facts['checkpoint']} is saved; {still}")
-        elif kind != "checkpoint_saved":
+        elif kind not in ("checkpoint_saved", "begun"):
             self.console.note(f"{kind}: " + ", ".join(f"{name}={value}" for name, value in facts.items()))
 
     def ledger(self, totals: Mapping[str, Any]) -> None:

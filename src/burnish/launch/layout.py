@@ -63,8 +63,16 @@ def nearest(value: int, step: int) -> str:
 
 
 def _powers(recipe: Recipe, sizes: Sizes) -> Iterator[Misfit]:
-    """A tree of sums has the same shape on every number of ranks that is a power of two."""
-    if recipe.determinism == "elastic" and sizes.data & (sizes.data - 1):
+    """A tree of sums has the same shape on every number of ranks that is a power of two, where nothing else sums."""
+    if recipe.determinism != "elastic":
+        return
+    if sizes.tp > 1 or sizes.cp > 1:
+        reason = "tp and cp cut the sums inside a layer, and rounding with them"
+        yield Misfit(("determinism",), reason, "set it to fixed, or mesh.tp and mesh.cp to 1")
+    if sizes.dp_replicate > 2:
+        reason = "the sum over more than two copies of the model has an order of its own"
+        yield Misfit(("mesh", "dp_replicate"), reason, "1 or 2 with `determinism: elastic`")
+    if sizes.data & (sizes.data - 1):
         below = 1 << (sizes.data.bit_length() - 1)
         reason = f"`elastic` adds up in a binary tree, and {sizes.data} shares of the rows are no power of two"
         inner = sizes.cp * sizes.tp

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -188,6 +188,7 @@ class _Rank:
             say=self.journal.note,
             stop_requested=self.asked_to_stop,
         )
+        # Not refused together: others would wait in a collective of the loading, and a rank that ends breaks it.
         policy = open_policy(recipe, mesh, around)
         checkpointer = Checkpointer(self.place, keep=recipe.checkpoint.keep, mesh=mesh)
         checkpointer.overlap(policy.optimizer)
@@ -216,7 +217,10 @@ class _Rank:
         run.anomalies.expect(self.mesh.from_first(listed))
         if run.restore():
             self.journal.event("resumed", step=run.step, checkpoint=f"checkpoint-{run.step}")
-        self.open_trackers(run.step)
+        else:
+            self.journal.event("begun", step=0, ranks=mesh.world_size)
+        with refused_together(mesh):
+            self.open_trackers(run.step)
         return run
 
     def open_trackers(self, step: int) -> None:
@@ -252,7 +256,8 @@ class _Rank:
         )
         self.recipe = with_save_every(self.recipe, steps, reason)
         if self.folder is not None:
-            self.folder.write_recipe(self.recipe.resolved())
+            with suppress(OSError):  # a full disk: another start times it again
+                self.folder.write_recipe(self.recipe.resolved())
         self.journal.note(f"checkpoint.save_every: {steps}, {reason}")
         return steps
 

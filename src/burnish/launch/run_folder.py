@@ -65,7 +65,9 @@ class RunFolder:
     def rollbacks(self) -> dict[str, Any]:
         """What `write_rollbacks` kept of the run that goes on; empty for a run that begins."""
         path = self.path / "rollbacks.json"
-        return json.loads(path.read_bytes()) if path.exists() and self.recipe() is not None else {}
+        if self.recipe() is None:  # what an earlier run in this folder went back for is not this one's
+            path.unlink(missing_ok=True)
+        return json.loads(path.read_bytes()) if path.exists() else {}
 
     def write_rollbacks(self, listed: Mapping[str, Any]) -> None:
         """Steps whose rows a rollback passes over, on the disk when this returns. Raises OSError."""

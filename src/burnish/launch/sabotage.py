@@ -6,6 +6,7 @@ know what is made of them afterwards.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -54,6 +55,8 @@ class Injected(NamedTuple):
     fault: Fault
     finished: int
     """Steps that were done then."""
+    starts: int
+    """Of the run until then: events `begun` and `resumed`."""
     at: float
     """By `time.monotonic`."""
     what: str
@@ -86,7 +89,7 @@ class Saboteur:
             return
         self._since = self._since or time.monotonic()
         if time.monotonic() - self._since >= fault.delay and (what := self._do(fault, pids, step)) is not None:
-            self.injected.append(Injected(fault, step - 1, time.monotonic(), what))
+            self.injected.append(Injected(fault, step - 1, len(starts(self._run_dir)), time.monotonic(), what))
             self._left.pop(0)
             self._since = self._full_from = None
 
@@ -128,6 +131,14 @@ class Saboteur:
             return f"{folder.name}/{path.name}: {damage(path, self._rng)}"
         except FileNotFoundError:  # a newer one has just replaced it
             return None
+
+
+def starts(run_dir: Path) -> list[int]:
+    """The step that each start of a run went on from; 0: from the beginning."""
+    path = run_dir / "events.jsonl"
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    events = [json.loads(line) for line in lines if line.endswith(b"}")]
+    return [event["step"] for event in events if event["event"] in ("begun", "resumed")]
 
 
 def damage(path: Path, rng: random.Random) -> str:

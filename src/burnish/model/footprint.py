@@ -184,7 +184,7 @@ def _fake_weights(model: PolicyModel, mode: FakeTensorMode, dtype: torch.dtype) 
     for tensor in named.values():
         if id(tensor) not in made:
             is_parameter = isinstance(tensor, nn.Parameter)
-            meta = tensor.detach().to(dtype if is_parameter and tensor.is_floating_point() else tensor.dtype)
+            meta = tensor.detach().to("meta", dtype if is_parameter and tensor.is_floating_point() else tensor.dtype)
             made[id(tensor)] = FakeTensor(mode, meta, torch.device("cpu")).requires_grad_(tensor.requires_grad)
     fakes: dict[str, Tensor] = {name: made[id(tensor)] for name, tensor in named.items()}
     with stateless._reparametrize_module(model, fakes):

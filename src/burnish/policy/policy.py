@@ -200,11 +200,22 @@ class Policy:
         return {"model": model, "optimizer": optimizer}, json
 
     def wanted(self, part: str, name: str, shape: tuple[int, ...]) -> Region:
-        """Which region of a saved tensor of that whole `shape` this rank's `load` takes."""
+        """Which region of a saved tensor of that whole `shape` this rank's `load` takes.
+
+        Raises:
+            ResumeError: it is of another model.
+        """
         of = name.partition(".")[2] if part == "optimizer" else name
         parameter = dict(self.model.trainable_parameters()).get(of)
-        region = Region.all_of(shape) if parameter is None else self._piece(of, parameter).region
-        return region if region.whole == tuple(shape) else Region.all_of(shape)  # `load` says what is wrong with it
+        if parameter is None or not shape:  # what `load` refuses, and a count of steps
+            return Region.all_of(shape)
+        region = self._piece(of, parameter).region
+        if region.whole != tuple(shape):
+            raise ResumeError(
+                f"the parameter {of} has the shape {tuple(shape)} in the checkpoint and {region.whole} in this model",
+                cure="resume with the versions of transformers and peft that the run was started with",
+            )
+        return region
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]], json: Mapping[str, Any]) -> None:

@@ -176,7 +176,7 @@ class Reference(SecondModel):
             return WithMismatched(ask(), model, mesh, rows)
         folder, of = around.run_dir / "reference", around.student.facts() | self.model_dump(mode="json")
         # Before its first checkpoint nothing holds a run to its data and model: what it asked then is asked again.
-        if not (around.resumed and Answers.are_of(folder, of)):
+        if not mesh.from_first(around.resumed and Answers.are_of(folder, of)):
             around.say(f"the reference is asked about all rows once, for {folder}")
             around.say(f"asked: {answer_all(ask(), around, {'ref_logprobs'}, folder, of)}")
         return Answers.open(folder, cure=f"remove {folder}: the reference is then asked again at the next start")

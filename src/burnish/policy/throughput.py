@@ -57,6 +57,8 @@ class Throughput:
             self.obstacle = second.obstacle
         watch, executed = _probe(model, PROBE_TOKENS, backward=True)
         self.obstacle = _obstacle(model, watch, executed) or self.obstacle
+        if model.mesh is not None and model.mesh.sizes.tp > 1:
+            self.obstacle = "a rank sees only its own part of the layers under tensor parallel"
         self.useful_per_token = (watch.forward + watch.backward) / PROBE_TOKENS
         self.executed_per_slot = executed.products / PROBE_TOKENS
         self.attention = watch.attention

@@ -59,14 +59,6 @@ def elastic(recipe: Recipe) -> Iterator[Misfit]:
         yield Misfit(path, "kto pairs prompts with answers of the same rank's rows", "set it to fixed")
     if any("embeddings" in loss.needs for loss in losses):
         yield Misfit(path, "its loss couples all documents of a step in one sum", "set it to fixed")
-    if recipe.mesh == "auto":
-        return
-    if recipe.mesh.tp > 1 or recipe.mesh.cp > 1:
-        reason = "tp and cp cut the sums inside a layer, and rounding with them"
-        yield Misfit(path, reason, "set it to fixed, or mesh.tp and mesh.cp to 1")
-    if recipe.mesh.dp_replicate > 2:
-        reason = "the sum over more than two copies of the model has an order of its own"
-        yield Misfit(("mesh", "dp_replicate"), reason, "1 or 2 with `determinism: elastic`")
 
 
 def rollback(recipe: Recipe) -> Iterator[Misfit]:

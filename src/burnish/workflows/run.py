@@ -230,23 +230,34 @@ class Run:
         self.checkpointer.wait()
         self._report_saves()
         if not self.restore(at_most=bad - 1 - self.anomalies.config.steps_before):
-            raise RunFailed(
-                f"step {bad}: {self.anomalies.rolled_back[bad]}, and no checkpoint from before its rows is left\n"
-                f"  cure: lower checkpoint.save_every or raise checkpoint.keep, and start again in a new run_dir"
-            )
+            raise self._nothing_sound()
         self.journal.cut(self.step)
         self.journal.event("rolled_back", step=bad, reason=self.anomalies.rolled_back[bad], to=self.step)
 
     def restore(self, *, at_most: int | None = None) -> bool:
-        """Goes on from the newest intact and sound checkpoint, of at most so many steps; False: there is none."""
+        """Goes on from the newest intact and sound checkpoint, of at most so many steps; False: there is none.
+
+        Raises:
+            RunFailed: there are some, and all are from behind rows that a rollback passes over.
+        """
+        found = False
         while (loaded := self.checkpointer.load_latest(self.policy.wanted, at_most=at_most)) is not None:
             for reason in loaded.rejected:
                 self.journal.event("checkpoint_rejected", reason=reason)
             if self.anomalies.is_sound(loaded.step, loaded.state["anomalies"]):
                 self.load(loaded.tensors, loaded.state)
                 return True
-            at_most = loaded.step - 1
+            found, at_most = True, loaded.step - 1
+        if found:
+            raise self._nothing_sound()
         return False
+
+    def _nothing_sound(self) -> RunFailed:
+        bad, reason = max(self.anomalies.rolled_back.items())
+        return RunFailed(
+            f"step {bad}: {reason}, and no checkpoint from before its rows is left\n"
+            f"  cure: lower checkpoint.save_every or raise checkpoint.keep, and start again in a new run_dir"
+        )
 
     def evaluate_at_start(self, measure: Measure) -> None:
         """Measures the held-out rows before the first step of a fresh run, written as step 0."""
@@ -320,7 +331,7 @@ class Run:
         # Not amid bad steps: a run that ends by them goes on from before them.
         self._timed.append(time.perf_counter() - self._started)
         every = self.cadence.save_every
-        is_due = len(self._timed) == TIMED_STEPS if every is None else self.step % every == 0
+        is_due = len(self._timed) % TIMED_STEPS == 0 if every is None else self.step % every == 0
         if is_due and self.step != self.cadence.num_steps and self.anomalies.bad_steps == 0:
             self.save()
 

@@ -13,7 +13,7 @@ from tests.zygote import Zygote
 LORA = {"type": "lora", "r": 4, "lora_alpha": 8}
 
 
-@pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("adapter", [pytest.param(None, marks=pytest.mark.long), LORA], ids=["full", "lora"])
 def test_every_parameter_is_trained_and_a_resume_is_exact(
     adapter: dict[str, object] | None, zygote: Zygote, tiny_model: Path, tiny_train: Path, tmp_path: Path
 ) -> None:

@@ -102,9 +102,11 @@ class Arena:
         self.losses, self.weights = losses(self.reference), weights(self.reference)
         self.steps = self.losses[-1][0]
 
-    def trial(self, number: int, kinds: Sequence[str], seed: int) -> Trial:
-        """One run with two faults."""
-        faults = plan(kinds, number, steps=self.steps, save_every=self.interval, ranks=self.ranks, seed=seed)
+    def trial(self, number: int, kinds: Sequence[str], seed: int, count: int = 2) -> Trial:
+        """One run with `count` faults."""
+        faults = plan(
+            kinds, number, steps=self.steps, save_every=self.interval, ranks=self.ranks, seed=seed, count=count
+        )
         run_dir = self.folder / f"trial-{number}"
         saboteur = Saboteur(faults, run_dir, self.interval, seed)
         times: list[tuple[str, float, dict[str, Any]]] = []

@@ -38,11 +38,13 @@ class Fault(NamedTuple):
     rank: int
 
 
-def plan(kinds: Sequence[str], trial: int, *, steps: int, save_every: int, ranks: int, seed: int) -> list[Fault]:
-    """Two faults of a trial, at random places of a run of `steps`. Trials take the kinds in turn."""
+def plan(
+    kinds: Sequence[str], trial: int, *, steps: int, save_every: int, ranks: int, seed: int, count: int = 2
+) -> list[Fault]:
+    """The `count` faults of a trial, at random places of a run of `steps`. Trials take the kinds in turn."""
     rng = random.Random(f"{seed}:{trial}")
     faults = []
-    for kind in (kinds[trial % len(kinds)], rng.choice(kinds)):
+    for kind in (kinds[trial % len(kinds)], *rng.choices(kinds, k=count - 1)):
         # Two checkpoints must be there, or there is nothing to fall back to.
         earliest = min(2 * save_every + 1, steps) if kind == "corrupt" else 1
         faults.append(Fault(kind, rng.randint(earliest, steps), rng.uniform(0.0, 0.02), rng.randrange(ranks)))

@@ -57,7 +57,9 @@ def place(
 def verify(place: Arena, number: int, kinds: list[str], count: int) -> None:
     trial = place.trial(number, kinds, seed=0, count=count)
     assert trial.passed, trial
-    assert all(steps <= place.interval for steps in trial.lost_steps), trial
+    # An interval, and the steps that were made while the newest save was on its way: fewer than another interval, since
+    # the next save waits for it. Here a save takes as long as two or three steps.
+    assert all(steps < 2 * place.interval for steps in trial.lost_steps), trial
     assert all(seconds < 1.0 for seconds in trial.detect_seconds), trial
 
 

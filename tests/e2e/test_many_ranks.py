@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests import tiny_run
+from tests.e2e.test_embedding import scrambled
 from tests.e2e_helpers import events, ledger
 from tests.ranks import run_ranks
 
@@ -148,3 +149,21 @@ def test_a_run_may_change_its_mesh_between_two_starts(ranks: Ranks) -> None:
     folder = ranks.train(recipe, 1)
     for found, expected in zip(lines(folder), lines(alone), strict=True):
         assert [a for a in found if a is not None] == pytest.approx([b for b in expected if b is not None], rel=1e-4)
+
+
+def test_queries_of_all_ranks_are_set_against_documents_of_all(ranks: Ranks) -> None:
+    train = tiny_run.write_jsonl(ranks.folder / "queries.jsonl", scrambled(200, seed=0))
+    held_out = tiny_run.write_jsonl(ranks.folder / "held-out.jsonl", scrambled(30, seed=1))
+    sources = {"train": [{"type": "jsonl", "path": str(train)}], "eval": [{"type": "jsonl", "path": str(held_out)}]}
+    changes = {
+        "workflow": {"type": "embedding"},
+        "model": {"head": {"type": "embedding", "pooling": "last", "dimensions": 16}},
+        "num_steps": 4,
+    }
+    alone = ranks.train(ranks.recipe("embedding-1", data=dict(sources), **changes), 1)
+    two = ranks.train(ranks.recipe("embedding-2", data=dict(sources), **changes), 2)
+    for name in ("loss", "grad_norm", "eval_mrr", "eval_recall@1"):
+        found = [line[name] for line in tiny_run.read_metrics(two) if name in line]
+        assert found and found == pytest.approx(
+            [line[name] for line in tiny_run.read_metrics(alone) if name in line], rel=1e-4
+        )

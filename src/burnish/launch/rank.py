@@ -216,7 +216,7 @@ class _Rank:
         listed = {} if self.folder is None else self.folder.rollbacks()
         run.anomalies.expect(self.mesh.from_first(listed))
         if run.restore():
-            self.journal.event("resumed", step=run.step, checkpoint=f"checkpoint-{run.step}")
+            self.journal.event("resumed", step=run.step, checkpoint=f"checkpoint-{run.step}", ranks=mesh.world_size)
         else:
             self.journal.event("begun", step=0, ranks=mesh.world_size)
         with refused_together(mesh):

@@ -129,6 +129,8 @@ def test_a_row_that_one_rank_refuses_ends_all_with_a_checkpoint(ranks: Ranks) ->
     (event,) = events(folder, "refused")
     assert str(bad) in event["reason"]
     assert json.loads((folder / f"checkpoint-{event['step']}" / "state.json").read_text())["step"] == event["step"]
+    ranks.train(recipe, 2, "seed=5", expect=2)  # now rank 0 refuses, before there is a model
+    assert "seed: 0 -> 5" in ranks.log(0) and "rank 0, which refused its input" in ranks.log(1)
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(ranks: Ranks) -> None:

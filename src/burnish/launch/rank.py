@@ -77,6 +77,7 @@ class _Rank:
     def run(self, json_lines: bool, reasons: list[str]) -> int:
         with refused_together(self.mesh):
             self.open_folder(json_lines)
+        with refused_together(self.mesh):  # by itself: inside are exchanges, which a rank that refused would miss
             self.verify_choice()
         for reason in reasons:
             self.journal.note(reason)

@@ -99,9 +99,14 @@ def train_rows(model: PolicyModel, new: NewTokens) -> None:
         owner.weight.requires_grad_(False)
         owner.new_rows = nn.Parameter(owner.weight.detach()[rows].float().clone())
         owner.first_new_row = new.first
-    inner = embedding.forward
-    forward: Any = lambda token_ids: over_new_rows(embedding, token_ids, inner(token_ids))  # noqa: E731
-    embedding.forward = forward
+    embedding.forward = _reading_new_rows(embedding, embedding.forward)
+
+
+def _reading_new_rows(embedding: Any, inner: Any) -> Any:
+    def forward(token_ids: Tensor) -> Tensor:
+        return over_new_rows(embedding, token_ids, inner(token_ids))
+
+    return forward
 
 
 def over_new_rows(embedding: Any, token_ids: Tensor, embedded: Tensor) -> Tensor:

@@ -65,7 +65,8 @@ class WeightFiles:
         """By their names in the files, deferred; of two with one name the last, as transformers reads it."""
         for file in files:
             handle = self._mapped(file, 0)
-            for name in handle.keys():  # noqa: SIM118 - it is no mapping
+            names = handle.keys()
+            for name in names:
                 entry = handle.get_slice(name)
                 shape = entry.get_shape()
                 dtype = (entry[0:0] if shape else entry[...]).dtype

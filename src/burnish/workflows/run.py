@@ -329,8 +329,9 @@ class Run:
             self.journal.event("straggler", step=self.step, said=str(finding), **finding._asdict())
         self._report_saves()
         # Not amid bad steps: a run that ends by them goes on from before them.
-        self._timed.append(time.perf_counter() - self._started)
         every = self.cadence.save_every
+        if every is None:
+            self._timed.append(time.perf_counter() - self._started)
         is_due = len(self._timed) % TIMED_STEPS == 0 if every is None else self.step % every == 0
         if is_due and self.step != self.cadence.num_steps and self.anomalies.bad_steps == 0:
             self.save()

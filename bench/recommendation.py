@@ -51,7 +51,8 @@ def popularity() -> float:
 
 def ours(epochs: int) -> list[dict[str, Any]]:
     """One entry an epoch: seconds of training, and NDCG@10 on valid and on test."""
-    from burnish.data.stream import eval_blocks, open_stream
+    from burnish.data.once import eval_blocks
+    from burnish.data.stream import open_stream
     from burnish.losses.ranking import Ranking
     from burnish.mesh import open_mesh
     from burnish.model.fresh import for_tokenizer

@@ -21,24 +21,12 @@ from burnish.policy.checkpoint.object_place import ObjectPlace
 from burnish.policy.checkpoint.objects import Patience
 from burnish.region import Region
 from tests.checkpoint_helpers import PowerCut, assert_is_step, tensors_of
-from tests.object_store_helpers import ENVIRONMENT, HURRY, SECRET, MemoryObjects, Request, Stores, open_stores
+from tests.object_store_helpers import ENVIRONMENT, HURRY, SECRET, MemoryObjects, Request, Stores
 from tests.rank_helpers import ThreadMesh, on_ranks, pieces
 from tests.ranks import PRELOADED
 
 PART_BYTES = 200
 """So that a small checkpoint has files of several parts."""
-
-
-@pytest.fixture(scope="module")
-def opened() -> Iterator[Stores]:
-    with open_stores() as stores:
-        yield stores
-
-
-@pytest.fixture
-def stores(opened: Stores) -> Stores:
-    opened.proxy.set(lambda request: "pass")
-    return opened
 
 
 def place_at(stores: Stores, url: str, patience: Patience = HURRY, *, direct: bool = False) -> ObjectPlace:

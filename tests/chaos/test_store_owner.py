@@ -7,7 +7,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +18,10 @@ from burnish.policy.checkpoint import Checkpointer, Saved, SaveFailed
 from burnish.policy.checkpoint.object_place import ObjectPlace
 from burnish.policy.checkpoint.store_owner import Rhythm
 from tests.checkpoint_helpers import tensors_of
-from tests.object_store_helpers import ENVIRONMENT, HURRY, SECRET, Stores, open_stores
+from tests.object_store_helpers import ENVIRONMENT, HURRY, SECRET, Stores
 from tests.ranks import PRELOADED
 
 QUICK = Rhythm(beat_seconds=0.05, deadline_seconds=0.4)
-
-
-@pytest.fixture(scope="module")
-def opened() -> Iterator[Stores]:
-    with open_stores() as stores:
-        yield stores
-
-
-@pytest.fixture
-def stores(opened: Stores) -> Stores:
-    opened.proxy.set(lambda request: "pass")
-    return opened
 
 
 def place_at(stores: Stores, url: str, *, along: tuple[Path, ...] = (), direct: bool = True) -> ObjectPlace:

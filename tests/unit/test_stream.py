@@ -13,8 +13,9 @@ import pytest
 
 from burnish.data.feed import WINDOW, Cursor, ShardFeed
 from burnish.data.ledger import Ledger
+from burnish.data.once import eval_blocks
 from burnish.data.prefetch import Prefetch
-from burnish.data.stream import Stream, eval_blocks, merge_states, open_stream
+from burnish.data.stream import Stream, merge_states, open_stream
 from burnish.errors import DataError, ResumeError, RunFailed
 from burnish.types import Block, Group, Row
 from tests.stream_helpers import (

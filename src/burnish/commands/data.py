@@ -40,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Shows samples one by one, or pair by pair, then the ledger of their packed rows, even where a row was refused."""
-    from burnish.data.stream import eval_blocks, open_stream
+    from burnish.data.once import eval_blocks
+    from burnish.data.stream import open_stream
     from burnish.launch.texts import open_texts
     from burnish.recipe import load_recipe
 

@@ -11,16 +11,16 @@ empty rows.
 from __future__ import annotations
 
 from collections import deque
-from itertools import chain, islice, zip_longest
+from itertools import zip_longest
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from burnish.data.feed import ShardFeed, TableFeed
-from burnish.data.lane import MAX_ROWS, Entry, Kitchen, Lane, Packed, render_rows
+from burnish.data.lane import Entry, Kitchen, Lane, Packed
 from burnish.data.ledger import Ledger, Seen, add_states
 from burnish.data.packing.base import max_documents
 from burnish.data.packing.best_fit import merge_rows
-from burnish.data.packing.layout import empty_block, layout
+from burnish.data.packing.layout import empty_block, layout, sizes
 from burnish.data.prefetch import Prefetch
 from burnish.data.sources.base import RowShards
 from burnish.errors import DataError, ResumeError
@@ -33,8 +33,7 @@ if TYPE_CHECKING:
     from burnish.data.config import DataConfig
     from burnish.data.lane import Accept
     from burnish.data.renderers.base import LiveRenderer
-    from burnish.data.sources.base import Source
-    from burnish.types import Block, Group, Row
+    from burnish.types import Block
 
 
 class Made(NamedTuple):
@@ -270,17 +269,13 @@ def _tail(lanes: Iterable[Lane], row_length: int) -> tuple[list[list[Entry]], li
         finished.append(rows)
         dropped += lane.take_dropped()
     open_rows = _in_turn([list(lane.bins.values()) for lane in lanes])
-    merged = merge_rows([_sizes(entry.group for entry in row) for row in open_rows], row_length)
+    merged = merge_rows([sizes(entry.group for entry in row) for row in open_rows], row_length)
     entries = [entry for row in open_rows for entry in row]
     return _in_turn(finished) + [[entries[index] for index in row] for row in merged], dropped
 
 
 def _in_turn(columns: Sequence[Sequence[list[Entry]]]) -> list[list[Entry]]:
     return [row for rows in zip_longest(*columns) for row in rows if row is not None]
-
-
-def _sizes(groups: Iterable[Group]) -> list[tuple[int, int]]:
-    return [(len(group), len(group.samples)) for group in groups]
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -334,84 +329,3 @@ def open_stream(
         feeds.append(ShardFeed(number, opened, seed, data.shuffle, data.packing.lanes))
     num_samples = None if num_epochs is None else num_epochs * sum(feed.num_rows for feed in feeds)
     return Stream(Kitchen(feeds, data, renderer, accept), data, num_samples, rank, world_size, together)
-
-
-def eval_blocks(
-    data: DataConfig, renderer: LiveRenderer, ledger: Ledger | None = None, accept: Accept | None = None
-) -> Iterator[Block]:
-    """The eval sources once through, one after the other, in file order, packed; made as they are asked for.
-
-    Args:
-        ledger: counts the rows and their tokens; its sources are those of `data.eval`.
-        accept: see `open_stream`.
-
-    Raises:
-        DataError: at the first row that is refused.
-    """
-    row_length = data.packing.tokens_per_row(data.max_length)
-    ledger = ledger or Ledger([f"data.eval.{source}" for source in range(len(data.eval))], row_length)
-    return _once_through(data.eval, data, renderer, ledger, accept)
-
-
-def all_blocks(data: DataConfig, renderer: LiveRenderer) -> Iterator[Block]:
-    """Every row of the training sources once, then of the eval sources, in file order, packed; made as they are asked
-    for. The documents are those of the run; its order and packing are not.
-
-    Raises:
-        DataError: at the first row that is refused, or a streamed source, which may have no end.
-    """
-    for number, source in enumerate(data.train):
-        if isinstance(source.open(), RowShards):
-            raise DataError(
-                "a streamed source cannot be gone through once before the run",
-                where=f"data.train.{number}",
-                cure="read it without streaming, or ask the second model during the run",
-            )
-    sources = [*data.train, *data.eval]
-    ledger = Ledger([str(number) for number in range(len(sources))], data.packing.tokens_per_row(data.max_length))
-    return _once_through(sources, data, renderer, ledger)
-
-
-def _once_through(
-    sources: Sequence[Source],
-    data: DataConfig,
-    renderer: LiveRenderer,
-    ledger: Ledger,
-    accept: Accept | None = None,
-) -> Iterator[Block]:
-    row_length = data.packing.tokens_per_row(data.max_length)
-    packer = data.packing.open(row_length)
-    bins: dict[int, list[Group]] = {}
-
-    def packed(row: list[Group]) -> Block:
-        ledger.count_block(sum(map(len, row)))
-        return layout(row, row_length, max_documents(row_length))
-
-    for number, source in enumerate(sources):
-        for rendered in chain.from_iterable(render_rows(rows, renderer, data, accept) for rows in _batches(source)):
-            refusal = rendered if isinstance(rendered, DataError) else rendered.refusal
-            if refusal is not None:
-                raise refusal
-            assert not isinstance(rendered, DataError)
-            ledger.count([Seen(number, rendered.fates, rendered.group is None)])
-            if rendered.group is None:
-                continue
-            at, closed = packer.add(len(rendered.group), len(rendered.group.samples))
-            bins.setdefault(at, []).append(rendered.group)
-            if closed is not None:
-                yield packed(bins.pop(closed))
-    groups = [group for row in bins.values() for group in row]
-    for row in merge_rows([_sizes(row) for row in bins.values()], row_length):
-        yield packed([groups[index] for index in row])
-
-
-def _batches(source: Source) -> Iterator[list[Row]]:
-    opened = source.open()
-    if isinstance(opened, RowShards):
-        for shard in range(opened.num_shards):
-            reader = opened.read(shard, 0)
-            while rows := list(islice(reader, MAX_ROWS)):
-                yield rows
-        return
-    for start in range(0, len(opened), MAX_ROWS):
-        yield opened.rows(range(start, min(start + MAX_ROWS, len(opened))))

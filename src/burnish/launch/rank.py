@@ -147,8 +147,9 @@ class _Rank:
         """The run as it stands in its folder. Raises UserError: a part of the recipe that turns out impossible."""
         import torch
 
+        from burnish.data.once import eval_blocks
         from burnish.data.one_sided import refuse_one_sided
-        from burnish.data.stream import eval_blocks, open_stream
+        from burnish.data.stream import open_stream
         from burnish.launch.second import surroundings
         from burnish.policy.checkpoint import Checkpointer
         from burnish.policy.throughput import Throughput, peak_flops

@@ -52,7 +52,7 @@ def surroundings(
         resumed: the run goes on from a checkpoint.
         stop_requested: name of the signal that asks to stop; the pass over all rows then ends with Stopped.
     """
-    from burnish.data.stream import all_blocks
+    from burnish.data.once import all_blocks
     from burnish.policy.second import Surroundings
 
     def blocks() -> Iterator[Block]:

@@ -10,7 +10,7 @@ import torch
 from burnish.types import Block
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from burnish.types import Group, Sample
 
@@ -58,6 +58,11 @@ def _prefixes(groups: Sequence[Group]) -> np.ndarray:
         prefixes += [-1 if sample.prefix is None else first + sample.prefix for sample in group.samples]
         first += len(group.samples)
     return np.array(prefixes)
+
+
+def sizes(groups: Iterable[Group]) -> list[tuple[int, int]]:
+    """(tokens, documents) of each group: all that packing looks at."""
+    return [(len(group), len(group.samples)) for group in groups]
 
 
 def empty_block(row_length: int, num_documents: int, columns: Mapping[str, torch.Tensor]) -> Block:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import pytest
 
 from tests import tiny_run
 from tests.zygote import Zygote
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+"""Read when torch is imported. Tests run beside each other, and two threads make no tiny product quicker."""
 
 
 @pytest.fixture(scope="session")

@@ -15,20 +15,7 @@ from collections.abc import Callable
 from multiprocessing.connection import wait
 from typing import Any
 
-PRELOADED = [
-    "tests.ranks",
-    "transformers.models.llama.modeling_llama",
-    "transformers.integrations.tensor_parallel",
-    "peft",
-    "torch.distributed.fsdp",
-    "torch.distributed.tensor",
-    "burnish.launch.rank",
-    "burnish.mesh",
-    "burnish.model.export",
-    "burnish.model.load",
-    "burnish.policy.checkpoint",
-    "burnish.policy.policy",
-]
+PRELOADED = ["tests.ranks", "tests.preloaded"]
 
 
 def run_ranks(count: int, work: Callable[..., None], *args: Any, seconds: float = 120.0) -> None:

@@ -18,35 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-IMPORTED = (
-    "tokenizers",
-    "torch.distributed.fsdp",
-    "transformers.models.auto.modeling_auto",
-    "transformers.models.auto.tokenization_auto",
-    "transformers.models.llama.modeling_llama",
-    "peft",
-    "burnish.model.export",
-    "burnish.policy.checkpoint",
-    "burnish.launch.local",
-    "burnish.launch.rank",
-    "burnish.recipe",
-    "burnish.data.packing.best_fit",
-    "burnish.data.renderers.chat",
-    "burnish.data.rendering.sandbox",
-    "burnish.data.rendering.tokens",
-    "burnish.data.sources.jsonl",
-    "burnish.data.stream",
-    "burnish.losses.nll",
-    "burnish.model.leak",
-    "burnish.policy.answers",
-    "burnish.policy.frozen",
-    "burnish.policy.optimizers.adamw",
-    "burnish.policy.policy",
-    "burnish.policy.throughput",
-    "burnish.schedules.cosine",
-    "burnish.workflows.sft",
-)
-
 
 class Trial:
     """One forked command."""
@@ -120,14 +91,10 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 
 
 def _serve() -> None:
-    for module in IMPORTED:
-        importlib.import_module(module)
+    importlib.import_module("tests.preloaded")
     import transformers
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     from burnish.cli import main
-
-    get_checkpoint_conversion_mapping("llama")  # 700 regular expressions, compiled once
 
     transformers.utils.logging.disable_progress_bar()
     answers = os.fdopen(os.dup(1), "w")

@@ -9,7 +9,8 @@
     |   `-- ResumeError             the run folder: another owner, another recipe, no intact checkpoint
     |-- RunFailed (RuntimeError)    the run went wrong by itself: three bad steps in a row     exit 1
     |   |-- Unreachable             a store does not answer now
-    |   `-- RestartsExhausted       ranks died or hung more often than the recipe allows
+    |   |-- SyncFailed              an engine does not hold the policy's weights
+    |   `-- RestartsExhausted       ranks or workers died or hung more often than the recipe allows
     `-- Stopped                     paused on purpose, the same command goes on                exit 75
 
 To add one: subclass the nearest, say in its docstring who meets it, and keep it picklable (all state in `args`).
@@ -90,23 +91,28 @@ class Unreachable(RunFailed):
     """A store does not answer now. What supervises the run tries again, as it does with a rank that died."""
 
 
+class SyncFailed(RunFailed):
+    """An engine does not hold the policy's weights: they did not arrive, not whole, or not as they were sent."""
+
+
 class RestartsExhausted(RunFailed):
-    """Ranks died or hung more often than `launch.max_restarts`, without a new checkpoint between them.
+    """Processes died or hung more often than `max_restarts` of those that start them, and nothing came of it.
 
     Args:
         failures: one line each, the first first.
         words: traceback of the last, where it has one.
+        without: what would have been progress.
     """
 
-    def __init__(self, failures: tuple[str, ...], words: str = "") -> None:
-        super().__init__(failures, words)
-        self.failures, self.words = failures, words
+    def __init__(self, failures: tuple[str, ...], words: str = "", without: str = "a new checkpoint") -> None:
+        super().__init__(failures, words, without)
+        self.failures, self.words, self.without = failures, words, without
 
     def __str__(self) -> str:
         lines = "".join(f"\n    {failure}" for failure in self.failures)
         last = f"\n{self.words.rstrip()}" if self.words else ""
         cure = "\n  cure: the same command goes on from the newest checkpoint, once what broke is mended"
-        return f"given up after {len(self.failures)} failures without a new checkpoint:{lines}{last}{cure}"
+        return f"given up after {len(self.failures)} failures without {self.without}:{lines}{last}{cure}"
 
 
 class Stopped(BurnishError):

@@ -36,10 +36,10 @@ class Row:
     where: str
 
 
-RowKind = Literal["conversation", "preference", "unpaired", "stepwise", "labelled", "retrieval", "history"]
+RowKind = Literal["conversation", "preference", "unpaired", "stepwise", "labelled", "retrieval", "history", "rollout"]
 """What a row of a source is, by the names of the ecosystem: turns or text to imitate; prompt, chosen and rejected;
 prompt, completion and a yes or no; steps with a label each; anything with labels; a query and what answers it; what
-a user chose, in order."""
+a user chose, in order; a prompt that the policy itself answers."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -218,6 +218,21 @@ def last_tokens(block: Block) -> Tensor:
     last = torch.where((end > start) & ~is_prefix, end - 1, block.num_tokens)  # the others mark a slot behind the end
     marks = torch.zeros(block.num_tokens + 1, dtype=torch.bool, device=block.token_ids.device)
     return marks.index_fill(0, last, True)[:-1]
+
+
+def previous_token(block: Block) -> Tensor:
+    """int64 [T]: the token whose hidden state predicts token t, -1 where there is none.
+
+    That is t - 1 inside a document; for a document's first token the last token of its shared prefix; none for the
+    first token of a document without a prefix, and for padding. Tensor operations only, the host never waits.
+    """
+    import torch
+
+    index_T = torch.arange(block.num_tokens, device=block.token_ids.device)
+    start_T, _, prefix_start_T, prefix_end_T = block.documents[block.document_ids.clamp(min=0)].long().unbind(1)
+    before_first_T = torch.where(prefix_end_T > prefix_start_T, prefix_end_T - 1, -1)
+    previous_T = torch.where(index_T > start_T, index_T - 1, before_first_T)
+    return torch.where(block.document_ids >= 0, previous_T, -1)
 
 
 @dataclass(slots=True)

@@ -46,15 +46,23 @@ CHOICES = {choice.package: (choice, base) for choice, base in choices()}
 
 def test_the_recipe_s_choices():
     assert set(CHOICES) == {
+        "burnish.advantages",
+        "burnish.corrections",
         "burnish.data.packing",
         "burnish.data.renderers",
         "burnish.data.sources",
         "burnish.data.tokenizers",
+        "burnish.environments",
         "burnish.launch",
         "burnish.losses",
+        "burnish.losses.rl",
         "burnish.model.adapters",
         "burnish.model.heads",
         "burnish.policy.optimizers",
+        "burnish.rewards",
+        "burnish.rollout.engines",
+        "burnish.rollout.sync",
+        "burnish.rollout.workers",
         "burnish.schedules",
         "burnish.track",
         "burnish.workflows",

@@ -19,7 +19,8 @@ FEW_PLACES = {
     "datasets": {"data/sources/huggingface.py"},
     "obstore": {"policy/checkpoint/objects.py"},
     "ruamel": {"recipe/written.py"},
-    "ray": {"launch/ray.py"},
+    "ray": {"ray_cluster.py", "launch/ray.py", "rollout/workers/ray.py"},
+    "vllm": {"rollout/engines/vllm.py", "rollout/vllm_live.py", "rollout/vllm_extension.py"},
 }
 """Libraries that one file alone imports, so that one file alone changes with them; adapters are written in one
 folder, and read back where exports are proved."""

@@ -16,8 +16,11 @@ import pytest
 from burnish.errors import UserError
 from burnish.launch.agent import Place, environments, in_order
 from burnish.launch.ray import Ray
+from burnish.rollout.workers.ray import Ray as RayWorkers
 from tests.ranks import free_port
 from tests.ray_helpers import Cluster, opened
+from tests.rollout_worker_helpers import assert_complete, collect, requests, tensors
+from tests.rollout_worker_helpers import opened as fleet_opened
 
 JOIN = """
 import logging, sys, ray
@@ -87,8 +90,10 @@ def test_an_address_where_nothing_listens_is_refused_at_once(tmp_path):
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Two workers on a cluster of this machine alone."""
-    with opened(Ray(num_workers=2), tmp_path_factory.mktemp("orders")) as found:
-        yield found
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("OMP_NUM_THREADS", raising=False)  # the launch says it
+        with opened(Ray(num_workers=2), tmp_path_factory.mktemp("orders")) as found:
+            yield found
 
 
 def start_python(code: str, *arguments: str, environment: dict[str, str]) -> subprocess.Popen[str]:
@@ -130,6 +135,36 @@ def test_failing_ranks_are_restarted_and_strangers_are_refused(cluster, tmp_path
     environment = json.loads((tmp_path / "environment1.json").read_text())
     assert (environment["LOCAL_RANK"], environment["OMP_NUM_THREADS"]) == ("1", "1")
     assert "RAY_AUTH_TOKEN" not in environment
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("num_workers", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_rollout_workers_and_their_actors_may_be_killed(num_workers, cluster, tmp_path, capfd):
+    """On the cluster of the ranks, whose agents may hold all its CPUs: these actors ask for none."""
+    workers = RayWorkers(num_workers=num_workers, resources_per_worker={"memory": 1.0})
+    fleet, events = fleet_opened(workers, tmp_path, step_seconds=0.01)
+    try:
+        receipts = fleet.publish(1, tensors, None)
+        assert [(r.worker, r.version) for r in receipts] == [(f"rollout {i}", 1) for i in range(num_workers)]
+        asked, found = requests(range(30), length=10), []
+        fleet.submit(asked)
+        while len(found) < 20:
+            found += fleet.poll(0.1)
+        victims = events.pids()
+        for pid, what in zip(victims, ["actor", "engine"], strict=False):
+            actor = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            os.kill(actor if what == "actor" else pid, signal.SIGKILL)
+        found += collect(fleet, 120 - len(found))
+        assert_complete(found + fleet.poll(0.3), asked, version=1)
+        assert fleet.facts()["restarts"] == num_workers and fleet.facts()["resubmitted"] > 0
+    finally:
+        fleet.close()
+    assert not any(Path(f"/proc/{event['pid']}").exists() for event in events.of("started"))
+    reasons = {event["pid"]: event["reason"] for event in events.of("died")}
+    assert list(reasons) and set(reasons) == set(victims) and "its actor has ended" in reasons[victims[0]]
+    assert num_workers == 1 or "ended by SIGKILL" in reasons[victims[1]]
+    err = capfd.readouterr().err
+    assert "[rollout 0] knows []\n" in err and "SYSTEM_ERROR" not in err
 
 
 @pytest.mark.long

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from burnish.model.tensor_bytes import tensor_bytes
 from burnish.policy.checkpoint import Checkpointer, load_latest
-from burnish.policy.checkpoint.manifest import tensor_bytes
 
 TWO_RANKS = """
 import json, os, resource, signal, sys, time

@@ -1,15 +1,11 @@
 """Exports load in vLLM, which gives every token the log-probability that transformers and PEFT give it.
 
-Runs in the environment that `scripts/install_vllm_cpu` makes:
-`scripts/install_vllm_cpu .vllm && .vllm/bin/python -m pytest tests/long/test_vllm.py`.
+vLLM answers in the environment that `make .vllm` makes.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,17 +22,13 @@ from burnish.model.export import export
 from burnish.model.load import load_model
 from tests import tiny_run
 from tests.tiny_models import tiny_model
+from tests.vllm_helpers import HEAD_DIM, needs_vllm, run_with_vllm
 
 pytestmark = [
     pytest.mark.long,
     pytest.mark.timeout(600),  # a start of vLLM takes 20 s on two free cores, and 100 s when its files are cold
-    pytest.mark.skipif(
-        importlib.util.find_spec("vllm") is None,
-        reason="vllm is not a development dependency: it needs an environment of its own",
-    ),
+    needs_vllm,
 ]
-HEAD_DIM = 32
-"""The smallest that vLLM's attention for CPUs has a kernel for."""
 DRIFT = 1e-4
 """Largest difference of a log-probability in float32: measured up to 1.3e-5 here, 3.4e-5 with SmolLM2-135M."""
 MOVED = 0.1
@@ -64,9 +56,7 @@ class Export:
         request.write_text(
             json.dumps({"model": str(model), "adapter": adapter, "prompts": prompts, "messages": messages})
         )
-        command = [sys.executable, "-m", "tests.long.ask_vllm", str(request), str(answer)]
-        asked = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=540)
-        assert asked.returncode == 0, asked.stdout[-2000:] + asked.stderr[-4000:]
+        run_with_vllm(["-m", "tests.long.ask_vllm", str(request), str(answer)], seconds=540)
         return json.loads(answer.read_text())
 
 

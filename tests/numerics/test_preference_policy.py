@@ -30,9 +30,8 @@ from burnish.mesh import Mesh, open_mesh
 from burnish.model.config import ModelConfig
 from burnish.model.parallel import prepare
 from burnish.model.policy_model import PolicyModel
-from burnish.model.project import previous_token
 from burnish.policy.policy import Policy
-from burnish.types import Block
+from burnish.types import Block, previous_token
 from tests.policy_model_helpers import gradients, largest_difference
 from tests.preference_helpers import TokenPair, token_block, token_pairs
 from tests.tiny_models import VOCAB_SIZE, tiny_model

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from burnish.model.head_chunks import Head
-from burnish.model.project import previous_token, project
-from burnish.types import Block, Ranking, collate
+from burnish.model.project import project
+from burnish.types import Block, Ranking, collate, previous_token
 from tests.projection_helpers import HEADS, READ, UNREAD, Case, H, T, V, same_gradients
 
 VECTORS = ("candidate_logits", "entropy", "hidden_states", "logprobs", "topk_logprobs")

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from burnish.errors import ResumeError
+from burnish.model.tensor_bytes import tensor_bytes
 from burnish.policy.checkpoint import Checkpointer, Saved, SaveFailed, Storage, load_latest
-from burnish.policy.checkpoint.manifest import encode_header, encode_manifest, tensor_bytes
+from burnish.policy.checkpoint.manifest import encode_header, encode_manifest
 from burnish.policy.checkpoint.staging import Staging
 from burnish.region import Region
 from tests.checkpoint_helpers import RUN, MemoryDisk, assert_is_step, tensors_of

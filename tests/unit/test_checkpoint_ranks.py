@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from burnish.errors import ResumeError, RunFailed
+from burnish.model.tensor_bytes import tensor_bytes
 from burnish.policy.checkpoint import Checkpointer, LocalPlace, Piece, Saved, SaveFailed, Storage, load_latest
-from burnish.policy.checkpoint.manifest import tensor_bytes
 from burnish.region import Region
 from tests.rank_helpers import ThreadMesh, box, on_ranks, pieces
 

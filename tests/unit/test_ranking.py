@@ -9,8 +9,8 @@ import torch
 
 from burnish.data.packing.layout import empty_block, layout
 from burnish.losses.ranking import Ranking
-from burnish.model.project import previous_token, project
-from burnish.types import Group
+from burnish.model.project import project
+from burnish.types import Group, previous_token
 from tests.events_helpers import history, rendered, vocabulary
 
 LOGITS = {"a": [9.0, 9.0, 0.1, 0.5, 0.3, 0.2], "b": [0.0, 0.0, 0.6, 0.7, 0.4, 0.5], "c": [0.0, 0.0, 0.9, 0.8, 0.7, 0.6]}

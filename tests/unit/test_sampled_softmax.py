@@ -9,7 +9,8 @@ import torch
 
 from burnish.data.packing.layout import empty_block, layout
 from burnish.losses.sampled_softmax import SampledSoftmax
-from burnish.model.project import previous_token, project
+from burnish.model.project import project
+from burnish.types import previous_token
 from tests.events_helpers import history, rendered, vocabulary
 
 ITEMS = [f"i{number}" for number in range(40)]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from burnish.commands._advice import short_rows, small_step
+from burnish.commands._finding import MAX_REFUSALS, Finding
 from burnish.commands._rows import Seen, batches, is_table
 from burnish.errors import UserError
 from burnish.launch.run_folder import require_tokens, saved_recipe
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from burnish.commands._at_scale import Stated
+    from burnish.commands._on_policy import Asking
     from burnish.data.renderers.base import LiveRenderer
     from burnish.data.sources.base import RowShards, RowTable, Source
     from burnish.launch.choose import DeviceFacts
@@ -26,33 +27,6 @@ if TYPE_CHECKING:
     from burnish.policy.answers import Answers
     from burnish.recipe import Recipe
     from burnish.types import NewTokens
-
-MAX_REFUSALS = 20
-"""Bad rows shown for each source; the rest is a number."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the report."""
-
-    stage: str
-    verdict: Literal["ok", "warning", "refused"]
-    text: str
-    cure: str = ""
-
-    @staticmethod
-    def refusal(stage: str, error: UserError, prefix: str = "") -> Finding:
-        """What a UserError says, as a line."""
-        place = f"{error.where}: " if error.where else ""
-        return Finding(stage, "refused", f"{prefix}{place}{error.reason}", error.cure)
-
-    def __str__(self) -> str:
-        cure = f"\n{'':20}cure: {self.cure}" if self.cure else ""
-        return f"{self.verdict:8} {self.stage:10} {self.text}{cure}"
-
-    def as_dict(self) -> dict[str, str]:
-        """The same for `--json`."""
-        return {"stage": self.stage, "verdict": self.verdict, "text": self.text, "cure": self.cure}
 
 
 class Preflight:
@@ -89,6 +63,8 @@ class Preflight:
         """What a teacher said about the data, where the recipe names a cache."""
         self.beside: ModelConfig | None = None
         """The second model in memory, if there is one."""
+        self.asking: Asking | None = None
+        """The part of a recipe that trains on what the policy says."""
 
     def findings(self) -> Iterator[Finding]:
         """Every line of the report, in the order of what it costs to find out."""
@@ -99,6 +75,8 @@ class Preflight:
         yield from self.masks()
         yield from self.batches()
         yield from self.sizes()
+        if self.asking is not None:
+            yield from self.asking.rewards()
 
     def run_folder(self) -> Iterator[Finding]:
         """Whether the run folder is free, or holds a run that this recipe may go on with."""
@@ -197,6 +175,8 @@ class Preflight:
 
     def masks(self) -> Iterator[Finding]:
         """Renders rows of every source: what is trained, what does not fit, what cannot be used."""
+        from burnish.commands._on_policy import Asking
+        from burnish.launch.rollouts import on_policy
         from burnish.launch.second import student_of
         from burnish.launch.texts import Texts
         from burnish.model.load import require_embeddings
@@ -208,8 +188,8 @@ class Preflight:
         except UserError as error:
             yield Finding.refusal("masks", error)
             return
+        texts, student = Texts(self.tokenizer, renderer, self.new_tokens), None
         if self.hf_config is not None:
-            texts = Texts(self.tokenizer, renderer, self.new_tokens)
             try:
                 student = student_of(self.recipe, texts)
                 require_embeddings(student.vocab_size, self.tokenizer, renderer.chat_template)
@@ -218,6 +198,12 @@ class Preflight:
             except UserError as error:
                 yield Finding.refusal("tokenizer", error)
             yield from self._second(texts)
+        if (workflow := on_policy(self.recipe)) is not None:
+            self.asking = Asking(self.recipe, workflow, texts, self.num_rows)
+            yield from self.asking.prompts(self.tables)
+            if student is not None:
+                yield from self.asking.engine(student)
+            return
         yield from _template(renderer)
         for name, table in self.tables.items():
             seen = self.seen[name] = self._render(table, renderer)
@@ -289,6 +275,9 @@ class Preflight:
         """What a step and an epoch are, from the lengths that were seen."""
         from burnish.commands._sizes import epoch
 
+        if self.asking is not None:
+            yield from self.asking.batch(self.tables)
+            return
         train = {name: seen for name, seen in self.seen.items() if name.startswith("data.train")}
         if not train or not all(seen.lengths for seen in train.values()):
             return
@@ -367,6 +356,8 @@ class Preflight:
             beside = plan(self.beside, load_config(self.beside), laid_out.sizes, self._work, frozen=True)
             said = f"{beside.num_parameters:,} frozen in {self.beside.dtype}, of {self.beside.name}"
             parts["second"] = (beside.memory("none")["weights"][0], said)
+        if self.asking is not None and self.hf_config is not None:
+            parts["engine"] = self.asking.memory(self.hf_config, laid_out.num_parameters, self.device)
         if self.device.is_host:
             parts["process"] = (HOST_BYTES, "Python, torch and transformers")
         need = sum(size for size, _ in parts.values())

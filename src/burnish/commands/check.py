@@ -13,7 +13,7 @@ from burnish.commands._arguments import count, positive
 
 if TYPE_CHECKING:
     from burnish.commands._at_scale import Stated
-    from burnish.commands._preflight import Finding
+    from burnish.commands._finding import Finding
     from burnish.launch.choose import DeviceFacts
 
 GPUS_A_NODE = 8
@@ -67,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _findings(args: argparse.Namespace) -> Iterator[Finding]:
-    from burnish.commands._preflight import Finding, Preflight
+    from burnish.commands._finding import Finding
+    from burnish.commands._preflight import Preflight
     from burnish.errors import RecipeError
     from burnish.launch.layout import world_size
     from burnish.recipe import load_recipe

@@ -1,4 +1,8 @@
-"""`burnish data RECIPE`: what training will see: rendered, masked, packed rows, and where every token went."""
+"""`burnish data RECIPE`: what training will see: rendered, masked, packed rows, and where every token went.
+
+Of a recipe that trains on what the policy says: its prompts (`_prompts.py`), and of its run what was answered
+(`_rollouts.py`).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing
 from itertools import chain, groupby, islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from burnish.commands._arguments import count
@@ -27,7 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE|RUN", help="a YAML file, or a run folder")
     parser.add_argument("overrides", metavar="key.path=value", nargs="*", help="changes to the recipe; values are YAML")
     parser.add_argument(
-        "-n", type=count, default=3, metavar="N", help="samples (or pairs) to show, in training order (default 3)"
+        "-n",
+        type=count,
+        default=3,
+        metavar="N",
+        help="samples (pairs, prompts) to show, in training order (default 3)",
     )
     parser.add_argument("--split", choices=("train", "eval"), default="train")
     parser.add_argument(
@@ -36,17 +45,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="text",
         help="text: trained tokens in colour, in a pipe as [[trained]]; json: an object a sample, then the ledger",
     )
+    parser.add_argument(
+        "--rollouts", action="store_true", help="of a run: the prompts of a step, and what its policy answered"
+    )
+    parser.add_argument("--step", type=count, metavar="N", help="with --rollouts: which step (default the last kept)")
+    parser.set_defaults(usage_error=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:
     """Shows samples one by one, or pair by pair, then the ledger of their packed rows, even where a row was refused."""
-    from burnish.data.once import eval_blocks
-    from burnish.data.stream import open_stream
-    from burnish.launch.texts import open_texts
     from burnish.recipe import load_recipe
 
+    if args.rollouts:
+        from burnish.commands import _rollouts
+
+        folder = args.recipe if Path(args.recipe).is_dir() else load_recipe(args.recipe, args.overrides).run_dir
+        _rollouts.show(Path(folder), args.step, args.n, args.format)
+        return 0
+    if args.step is not None:
+        args.usage_error("--step is one of --rollouts")
+    from burnish.commands import _prompts
+    from burnish.data.once import eval_blocks
+    from burnish.data.stream import open_stream
+    from burnish.launch.rollouts import on_policy
+    from burnish.launch.texts import open_texts
+
     recipe = load_recipe(args.recipe, args.overrides)
-    tokenizer, renderer, _ = open_texts(recipe)
+    texts = tokenizer, renderer, _ = open_texts(recipe)
+    if on_policy(recipe) is not None:
+        _prompts.show(recipe, texts, args.split, args.n, args.format)
+        return 0
     row_format = recipe.row_format()
     display = JsonDisplay(tokenizer) if args.format == "json" else TextDisplay(tokenizer, row_format)
     with ExitStack() as stack:

@@ -56,10 +56,14 @@ class TableFeed:
 
     def next(self, ordinal: int, lane: int, cursor: Cursor) -> tuple[Ref, Cursor]:
         """The `ordinal`-th sample of the run from this source; nothing depends on the lane."""
+        return self.place(ordinal), cursor
+
+    def place(self, ordinal: int) -> Ref:
+        """The `ordinal`-th sample of the run from this source."""
         epoch, row = divmod(ordinal, self.num_rows)
         if self._shuffle:
             row = permute(row, self.num_rows, permutation_keys(self._seed, self._source, epoch))
-        return Ref(self._source, 0, row), cursor
+        return Ref(self._source, 0, row)
 
     def fetch(self, refs: Sequence[Ref]) -> list[Row | DataError]:
         """The rows, in this order; a bad row is the DataError it raised."""

@@ -128,6 +128,10 @@ class Stream:
             "ledger": self._ledger.state(),
         }
 
+    def merged(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The state of the run from those of all its ranks, rank 0's first: any number of ranks can load it."""
+        return merge_states(states)
+
     def load(self, state: dict[str, Any]) -> None:
         """Goes on behind what `state` had consumed; what was made ahead is thrown away.
 

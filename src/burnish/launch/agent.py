@@ -22,6 +22,7 @@ from burnish.launch.heartbeat import BeatBoard
 from burnish.launch.nursery import Birth
 from burnish.launch.processes import NurseryProcess, ProcessGroup
 from burnish.launch.worker_group import Beat, Outcome, Stack
+from burnish.ray_cluster import SECRETS
 
 OUT, ERR = 1, 2
 
@@ -29,9 +30,6 @@ LONGEST_LINE = 1 << 16
 """Bytes without a line's end that are passed on as a line."""
 
 INTERFACE = "GLOO_SOCKET_IFNAME"
-
-SECRETS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-"""What opens the cluster is not for the code of a rank."""
 
 
 class Told(NamedTuple):

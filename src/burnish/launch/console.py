@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from rich.progress import ProgressColumn
 
 _SHOWN = {
+    "reward": ("reward", "{:.4f}"),
+    "eval_reward": ("eval_reward", "{:.4f}"),
     "loss": ("loss", "{:.4f}"),
     "eval_loss": ("eval_loss", "{:.4f}"),
     "eval_mrr": ("eval_mrr", "{:.4f}"),

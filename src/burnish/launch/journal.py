@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from burnish.launch.console import Console
     from burnish.launch.metrics_file import MetricsFile
@@ -19,6 +19,8 @@ class FolderJournal:
     def __init__(self, folder: RunFolder, metrics: MetricsFile, console: Console) -> None:
         self.folder, self.metrics, self.console = folder, metrics, console
         self.trackers: list[LiveTracker] = []
+        self.keep_rollouts = True
+        """Of every step; else of the last one alone."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """A finished step, to every place that shows metrics."""
@@ -39,6 +41,14 @@ class FolderJournal:
     def ledger(self, totals: Mapping[str, Any]) -> None:
         """Where every token went so far."""
         self.folder.write_ledger(totals)
+
+    def rollouts(self, step: int, groups: Sequence[Mapping[str, Any]]) -> None:
+        """What the policy said in a step, for `burnish data RUN --rollouts`."""
+        self.folder.write_rollouts(step, groups, keep=self.keep_rollouts)
+
+    def selected(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Rows that a step has made, for another run to train on."""
+        self.folder.write_selected(step, rows)
 
     def rollbacks(self, listed: Mapping[str, Any]) -> None:
         """The steps whose rows are passed over, durably."""
@@ -63,6 +73,12 @@ class SilentJournal:
         pass
 
     def ledger(self, totals: Mapping[str, Any]) -> None:
+        pass
+
+    def rollouts(self, step: int, groups: Sequence[Mapping[str, Any]]) -> None:
+        pass
+
+    def selected(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         pass
 
     def rollbacks(self, listed: Mapping[str, Any]) -> None:

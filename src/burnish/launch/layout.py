@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from burnish.errors import ModelError, RecipeError
 from burnish.launch.local import slurm_ranks
 from burnish.mesh_config import MeshConfig, Sizes
+from burnish.workflows.on_policy import OnPolicy
 
 if TYPE_CHECKING:
     from burnish.recipe import Recipe
@@ -83,7 +84,7 @@ def _powers(recipe: Recipe, sizes: Sizes) -> Iterator[Misfit]:
 
 def _rows(recipe: Recipe, sizes: Sizes) -> Iterator[Misfit]:
     """Every share of the data takes as many whole micro-batches, from lanes of its own."""
-    if sizes.data == 1:
+    if sizes.data == 1 or isinstance(recipe.workflow, OnPolicy):  # which fills up every rank's rows
         return
     rows, micro, lanes = recipe.global_batch_size, recipe.micro_batch_size, recipe.data.packing.lanes
     step = sizes.data * micro

@@ -10,7 +10,6 @@ survive a fork, and the ranks would hang. Must not know what ranks do.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import importlib
 import json
@@ -23,6 +22,7 @@ import sys
 from multiprocessing.connection import Connection
 from typing import NamedTuple, NoReturn
 
+from burnish.child import die_with_parent, end_family
 from burnish.launch.heartbeat import BeatBoard
 from burnish.launch.worker_group import Ended, Outcome, outcome_of
 
@@ -116,7 +116,7 @@ class Nursery:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(child.pid, order.number)
                 if order.number == signal.SIGKILL:
-                    _end_family(child.pid)
+                    end_family(child.pid)
 
     def _fork(self, order: Birth) -> None:
         names = ["trace", "outcome", *(["output"] if order.rank > 0 else [])]
@@ -176,7 +176,7 @@ class Nursery:
             pid, status = os.waitpid(child.pid, os.WNOHANG)
             if pid == 0:
                 continue
-            _end_family(pid)  # what a dead rank has forked would still hold its run folder
+            end_family(pid)  # what a dead rank has forked would still hold its run folder
             for name in list(child.pipes):
                 self._drain(child, name)
                 if name in child.pipes:
@@ -197,19 +197,12 @@ def _print_lines(rank: int, read: bytearray) -> None:
             text = text[os.write(2, text) :]
 
 
-def _end_family(leader: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(leader, signal.SIGKILL)
-
-
 def _live(order: Birth, parent: int, board: BeatBoard, pipes: dict[str, int]) -> NoReturn:
     """The rest of a rank's life, in the process that was forked for it."""
 
     def life() -> int:
         os.setsid()  # Ctrl-C is for the supervisor, which asks all ranks to stop
-        _die_with_parent()
-        if os.getppid() != parent:
-            os._exit(1)
+        die_with_parent(parent)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -235,13 +228,6 @@ def _live(order: Birth, parent: int, board: BeatBoard, pipes: dict[str, int]) ->
         os._exit(code & 255)  # no exit handlers: they are the nursery's
 
 
-def _die_with_parent() -> None:
-    """Has the kernel end this process with its parent, where the kernel can: Linux."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGKILL))
-
-
 def main(connection: int, board: int, modules: list[str]) -> None:
     """Imports `modules`, then serves.
 
@@ -249,7 +235,7 @@ def main(connection: int, board: int, modules: list[str]) -> None:
         connection: file descriptor of the pipe to the supervisor.
         board: that of the board for beats.
     """
-    _die_with_parent()
+    die_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM):  # a terminal or a cluster sends them to every process
         signal.signal(number, signal.SIG_IGN)
     for module in modules:

@@ -9,7 +9,7 @@ environment say all.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ from burnish.component import differences
 from burnish.errors import EXIT_DONE, RefusedElsewhere, ResumeError, RunFailed, UserError
 
 if TYPE_CHECKING:
+    from burnish.data.stream import Stream
     from burnish.launch.journal import FolderJournal, SilentJournal
     from burnish.launch.run_folder import RunFolder
     from burnish.launch.texts import Texts
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from burnish.policy.policy import Policy
     from burnish.policy.second import Surroundings
     from burnish.recipe import Recipe
-    from burnish.types import Group
+    from burnish.types import Block, Group
     from burnish.workflows.run import Run
 
 
@@ -89,7 +90,7 @@ class _Rank:
         self.recipe.workflow.run(run)
         if run.step == before:
             self.journal.note(f"this run was finished after step {run.step}; its model is in {model}")
-        if self.mesh.from_first(run.step > before or not model.exists()):
+        if self.recipe.workflow.exports and self.mesh.from_first(run.step > before or not model.exists()):
             self.beat("export")
             self.journal.note(export_run(self.recipe, run.policy, texts, model))
         return EXIT_DONE
@@ -147,9 +148,7 @@ class _Rank:
         """The run as it stands in its folder. Raises UserError: a part of the recipe that turns out impossible."""
         import torch
 
-        from burnish.data.once import eval_blocks
-        from burnish.data.one_sided import refuse_one_sided
-        from burnish.data.stream import open_stream
+        from burnish.launch.rollouts import on_policy, open_prompts, open_rollouts
         from burnish.launch.second import surroundings
         from burnish.policy.checkpoint import Checkpointer
         from burnish.policy.throughput import Throughput, peak_flops
@@ -166,19 +165,10 @@ class _Rank:
             if policy.second is not None:  # it is opened below, and the stream renders nothing before the first step
                 policy.second.require(group)
 
+        workflow = on_policy(recipe)
         with refused_together(mesh):
-            refuse_one_sided(recipe.data, recipe.row_format())
-            stream = open_stream(
-                recipe.data,
-                texts.renderer,
-                seed=recipe.seed,
-                num_epochs=recipe.num_epochs,
-                rank=mesh.data_rank,
-                world_size=mesh.sizes.data,
-                together=recipe.micro_batch_size if elastic else 1,
-                accept=accept,
-            )
-            self.stack.callback(stream.close)
+            prompts = None if workflow is None else open_prompts(recipe, texts)
+            stream = self.open_rows(texts, accept) if prompts is None else None
             for source in recipe.data.eval:
                 source.open()  # a missing file is refused now, not at the first evaluation
         around = surroundings(
@@ -192,16 +182,20 @@ class _Rank:
         )
         # Not refused together: others would wait in a collective of the loading, and a rank that ends breaks it.
         policy = open_policy(recipe, mesh, around)
+        if prompts is not None:
+            with refused_together(mesh):
+                stream = open_rollouts(recipe, policy, prompts, texts, student, self.stack, self.journal.event)
+        assert stream is not None
         checkpointer = Checkpointer(self.place, keep=recipe.checkpoint.keep, mesh=mesh)
         checkpointer.overlap(policy.optimizer)
         self.stack.callback(checkpointer.close)
         run = Run(
             policy=policy,
             stream=stream,
-            held_out=(lambda: eval_blocks(recipe.data, texts.renderer, accept=accept)) if recipe.data.eval else None,
+            held_out=self.held_out(texts, accept) if recipe.data.eval else None,
             schedule=recipe.schedule,
             learning_rate=recipe.optimizer.learning_rate,
-            blocks_per_step=recipe.global_batch_size // mesh.sizes.data,
+            blocks_per_step=recipe.global_batch_size // (mesh.sizes.data if workflow is None else 1),
             cadence=Cadence(recipe.num_steps, recipe.eval_every, None if every == "auto" else every, recipe.stop_after),
             checkpointer=checkpointer,
             journal=self.journal,
@@ -224,6 +218,35 @@ class _Rank:
         with refused_together(mesh):
             self.open_trackers(run.step)
         return run
+
+    def open_rows(self, texts: Texts, accept: Callable[[Group], None]) -> Stream:
+        """Packed rows of the training data."""
+        from burnish.data.one_sided import refuse_one_sided
+        from burnish.data.stream import open_stream
+
+        recipe, mesh = self.recipe, self.mesh
+        refuse_one_sided(recipe.data, recipe.row_format())
+        stream = open_stream(
+            recipe.data,
+            texts.renderer,
+            seed=recipe.seed,
+            num_epochs=recipe.num_epochs,
+            rank=mesh.data_rank,
+            world_size=mesh.sizes.data,
+            together=recipe.micro_batch_size if recipe.determinism == "elastic" else 1,
+            accept=accept,
+        )
+        self.stack.callback(stream.close)
+        return stream
+
+    def held_out(self, texts: Texts, accept: Callable[[Group], None]) -> Callable[[], Iterable[Block]]:
+        """Packed rows of the held-out data; none for a workflow that asks about them by itself."""
+        from burnish.data.once import eval_blocks
+        from burnish.launch.rollouts import on_policy
+
+        if on_policy(self.recipe) is not None:
+            return lambda: ()
+        return lambda: eval_blocks(self.recipe.data, texts.renderer, accept=accept)
 
     def open_trackers(self, step: int) -> None:
         """Metrics go on behind `step`."""

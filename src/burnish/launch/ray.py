@@ -1,24 +1,17 @@
 """`launch: {type: ray, num_workers: 16, address: auto}`: ranks on the nodes of a Ray cluster, watched and restarted.
 
 Ray places an actor for each rank, says when one is gone, and carries calls; what an actor does is in `agent.py`, what
-follows from a death or a hang in `supervise.py`. The only file that imports Ray. Ray never notices an actor that hangs,
-and a node without power only after a minute, so no wait here is without a limit.
+follows from a death or a hang in `supervise.py`, how a cluster is joined in `ray_cluster.py`. No wait here is without a
+limit.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
-import math
 import os
 import pickle
-import secrets
-import signal
-import socket
 import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from annotated_types import Gt, MinLen
@@ -29,6 +22,7 @@ from burnish.errors import UserError
 from burnish.launch.agent import Agent, Place, end_agent, environments, free_port, in_order, interface_of
 from burnish.launch.agent_group import AgentGroup, Gone
 from burnish.launch.supervised import Supervised
+from burnish.ray_cluster import ANSWER_SECONDS, Cluster, actor_options, answers, connect, is_guarded, shown, unguarded
 
 if TYPE_CHECKING:
     from burnish.launch.worker_group import Backend
@@ -39,12 +33,6 @@ PLACE_SECONDS = 60.0
 
 MAKE_SECONDS = 120.0
 """So long it may take to start an actor's process, with the files of `working_dir` on the way to its node."""
-
-ANSWER_SECONDS = 10.0
-"""So long an agent may take for what it does at once: it never runs what its rank runs."""
-
-OBJECT_STORE_BYTES = 80 << 20
-"""Of a cluster that is started here: nothing of a run goes through it, and Ray asks for 75 MiB at least."""
 
 END_SECONDS = 8.0
 """A node that answers has killed an actor within so long: it starts a process for it, in a second or two."""
@@ -87,6 +75,18 @@ class Ray(Supervised):
             raise PydanticCustomError("dashboard", "dashboard_port is of a cluster that is started here, not joined")
         return self
 
+    def cluster(self, largest: int) -> Cluster:
+        """The cluster of a run with so many ranks at most."""
+        asked = {} if self.resources_per_worker == "auto" else self.resources_per_worker
+        return Cluster(
+            "launch",
+            self.address,
+            largest * asked.get("CPU", 1),
+            self.allow_unauthenticated,
+            self.working_dir,
+            self.dashboard_port,
+        )
+
     def backend(self, recipe: Recipe, work: Callable[[Callable[[str], None]], int], largest: int) -> Backend:
         from burnish.launch.processes import MODULES
 
@@ -117,7 +117,7 @@ class RayActors:
         needs_folder: bool = False,
     ) -> None:
         self._launch, self._work, self._modules, self._needs_folder = launch, pickle.dumps(work), modules, needs_folder
-        self._opened = connect(launch, largest)
+        self._opened = connect(launch.cluster(largest))
         self._agents: list[Any] = []
         self._nodes: list[str] = []
         """Of the agents."""
@@ -129,7 +129,7 @@ class RayActors:
         if launch.address is None and room < launch.num_workers:
             self.close()
             raise UserError(
-                f"this machine has room for {room} workers with {_shown(self._bundle)} each",
+                f"this machine has room for {room} workers with {shown(self._bundle)} each",
                 where="launch.num_workers",
                 cure="start fewer, ask for less in launch.resources_per_worker, or join a cluster: launch.address",
             )
@@ -144,12 +144,12 @@ class RayActors:
         places, self._agents = [places[i] for i in order], [self._agents[i] for i in order]
         self._nodes = [place.node for place in places]
         master = "127.0.0.1" if len(set(self._nodes)) == 1 else places[0].address
-        (port,) = _answers([self._agents[0].port.remote(master)], ANSWER_SECONDS)
+        (port,) = answers([self._agents[0].port.remote(master)], ANSWER_SECONDS, "launch")
         started = [
             agent.start.remote(environment, self._work)
             for agent, environment in zip(self._agents, environments(places, port), strict=True)
         ]
-        _answers(started, ANSWER_SECONDS)
+        answers(started, ANSWER_SECONDS, "launch")
         return AgentGroup(RayCarrier(self._agents, places), places, self._launch.lost_seconds, self._lost_nodes)
 
     def available(self) -> int:
@@ -190,7 +190,7 @@ class RayActors:
 
         if len(self._agents) == size:
             try:
-                return _answers([agent.place.remote() for agent in self._agents], ANSWER_SECONDS)
+                return answers([agent.place.remote() for agent in self._agents], ANSWER_SECONDS, "launch")
             except OSError:
                 pass  # the node of one is gone: all are placed anew
         self._dissolve()
@@ -203,18 +203,14 @@ class RayActors:
         self._placement = placement_group([self._bundle] * size, strategy=strategy, **elsewhere)
         if not self._placement.wait(PLACE_SECONDS):
             self._dissolve()
-            raise OSError(f"the cluster has no room for {size} actors with {_shown(self._bundle)} each")
-        amounts = dict(self._bundle)
-        options: dict[str, Any] = {"num_cpus": amounts.pop("CPU", 0.0), "num_gpus": amounts.pop("GPU", 0.0)}
-        if "memory" in amounts:
-            options["memory"] = amounts.pop("memory")
-        options |= {"resources": amounts, "max_restarts": 0}
+            raise OSError(f"the cluster has no room for {size} actors with {shown(self._bundle)} each")
+        options = actor_options(self._bundle)
         for index in range(size):
             where = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=index)
             made = ray.remote(RayAgent).options(scheduling_strategy=where, **options)
             self._agents.append(made.remote(self._modules, os.getcwd(), sys.path))
         try:
-            return _answers([agent.place.remote() for agent in self._agents], MAKE_SECONDS)
+            return answers([agent.place.remote() for agent in self._agents], MAKE_SECONDS, "launch")
         except OSError:
             self._dissolve()
             raise
@@ -233,11 +229,7 @@ class RayActors:
     def _refuse(self, places: Sequence[Place]) -> None:
         """Raises UserError where a person has to change something before any rank can run."""
         if not self._launch.allow_unauthenticated and not all(place.guarded for place in places):
-            raise UserError(
-                "this Ray cluster asks nobody for a token: whoever reaches its ports can run code on it",
-                where="launch.address",
-                cure="start all its nodes with RAY_AUTH_MODE=token (docs/ray.md), or say allow_unauthenticated: true",
-            )
+            raise unguarded("launch")
         without = sorted({place.address for place in places if not place.has_folder})
         if without and self._needs_folder:
             raise UserError(
@@ -308,103 +300,9 @@ class RayAgent(Agent):
             os.getpid(),
             interface_of(address),
             self.has_folder,
-            os.environ.get("RAY_AUTH_MODE", "disabled").lower() != "disabled",
+            is_guarded(),
         )
 
     def port(self, address: str) -> int:
         """See `free_port`."""
         return free_port(address)
-
-
-def connect(launch: Ray, largest: int) -> bool:
-    """Joins the launch's cluster, or starts one here; whether this process was not in one already.
-
-    Ray's ports listen on every interface of the machine, so a cluster is never started without a token. The token is
-    handed on in the environment, which other users of the machine cannot read; Ray's own file of it they can.
-
-    Raises:
-        UserError: Ray is not installed, or the cluster does not let this process in.
-    """
-    if launch.address is not None:
-        _knock(launch.address)
-    # All read when Ray is imported. It would print what it sees of every death, beside what the supervisor says.
-    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
-    if launch.address is None and not launch.allow_unauthenticated:
-        if "ray" not in sys.modules:  # else it has read them, and 2.59 or newer does the same by itself
-            os.environ["RAY_AUTH_MODE"] = "token"
-        if "RAY_AUTH_TOKEN_PATH" not in os.environ:
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    try:
-        import ray
-        from ray.exceptions import RayError
-    except ModuleNotFoundError as error:
-        raise UserError(
-            "`launch: {type: ray}` needs Ray", where="launch.type", cure='pip install "burnish[ray]"'
-        ) from error
-    if ray.is_initialized():
-        return False
-    options: dict[str, Any] = {"address": launch.address or "local"}
-    if launch.address is None:
-        asked = {} if launch.resources_per_worker == "auto" else launch.resources_per_worker
-        options["num_cpus"] = max(os.cpu_count() or 1, math.ceil(largest * asked.get("CPU", 1)))
-        options["object_store_memory"] = OBJECT_STORE_BYTES
-        options |= {"include_dashboard": launch.dashboard_port is not None, "dashboard_host": "127.0.0.1"}
-        if launch.dashboard_port is not None:
-            if find_spec("aiohttp_cors") is None:
-                raise UserError(
-                    "Ray's dashboard is not installed", where="launch.dashboard_port", cure='pip install "ray[default]"'
-                )
-            options["dashboard_port"] = launch.dashboard_port
-    if launch.working_dir is not None:
-        options["runtime_env"] = {"working_dir": launch.working_dir}
-    in_main = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(**options, log_to_driver=False, logging_level=logging.CRITICAL)
-    except (OSError, RuntimeError, ValueError, RayError) as error:
-        cause = str(error).strip().rpartition("\n")[2].strip()
-        raise UserError(
-            f"the Ray cluster cannot be {'joined' if launch.address else 'started'}: {cause}",
-            where=f"launch.address: {launch.address}" if launch.address else "launch.type: ray",
-            cure="is it up, and are RAY_AUTH_MODE=token and its token in this environment? See docs/ray.md",
-        ) from error
-    finally:
-        if in_main:
-            signal.signal(signal.SIGTERM, before)  # Ray has put one of its own there
-    return True
-
-
-def _knock(address: str) -> None:
-    """Raises UserError where nothing listens; Ray itself would try for ten minutes."""
-    host, _, port = address.rpartition("/")[2].rpartition(":")
-    if not port.isdecimal():
-        return  # `auto`: Ray finds out at once
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
-    except OSError as error:
-        raise UserError(
-            f"no Ray cluster listens there: {error.strerror or error}",
-            where=f"launch.address: {address}",
-            cure="`ray start --head` prints its address; `auto` finds the cluster of this machine",
-        ) from error
-
-
-def _answers(refs: Sequence[Any], seconds: float) -> list[Any]:
-    """What actors answered. Raises OSError: not all did in time; UserError: they cannot be made."""
-    import ray
-    from ray.exceptions import ActorDiedError, RayError
-
-    try:
-        return ray.get(list(refs), timeout=seconds)
-    except ActorDiedError as error:
-        cause = str(error).strip().splitlines()[-1]
-        if "creation task" in str(error):
-            cure = "the same Burnish, Ray and Python must be on every node"
-            raise UserError(f"no actor can be made: {cause}", where="launch", cure=cure) from error
-        raise OSError(cause) from error
-    except RayError as error:
-        raise OSError(str(error).strip().splitlines()[-1]) from error
-
-
-def _shown(resources: Mapping[str, float]) -> str:
-    return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())

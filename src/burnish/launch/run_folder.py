@@ -21,7 +21,7 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,27 @@ class RunFolder:
         """Replaces `ledger.json`. Called every step and derived from the checkpoint on resume, so it is not synced."""
         with contextlib.suppress(OSError):  # a full disk: the next step writes it again
             write_atomically(self.path / "ledger.json", to_json(totals).encode() + b"\n", durable=False)
+
+    def write_rollouts(self, step: int, groups: Sequence[Mapping[str, Any]], *, keep: bool) -> None:
+        """Writes `rollouts/step-000012.jsonl`, a line a group; a step that is done again replaces its own.
+
+        Args:
+            keep: the files of other steps stay.
+        """
+        folder = self.path / "rollouts"
+        with contextlib.suppress(OSError):  # a full disk: they are for reading, and the run goes on without them
+            folder.mkdir(exist_ok=True)
+            lines = "".join(to_json(group) + "\n" for group in groups).encode()
+            write_atomically(folder / f"step-{step:06d}.jsonl", lines, durable=False)
+            for other in [] if keep else folder.glob("step-*.jsonl"):
+                if other.name != f"step-{step:06d}.jsonl":
+                    other.unlink()
+
+    def write_selected(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Writes `selected/step-000012.jsonl`; on the disk when this returns. Raises OSError."""
+        folder = self.path / "selected"
+        folder.mkdir(exist_ok=True)
+        write_atomically(folder / f"step-{step:06d}.jsonl", "".join(to_json(row) + "\n" for row in rows).encode())
 
     def close(self) -> None:
         self._events.close()

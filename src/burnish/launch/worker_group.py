@@ -7,12 +7,12 @@ recipes, checkpoints or the run folder.
 
 from __future__ import annotations
 
-import signal
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from burnish.child import how_it_ended
 from burnish.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -58,8 +58,7 @@ class Outcome(NamedTuple):
         lines = self.words.strip().split("\n")
         if self.code >= 0:
             return lines[-1].strip() or f"exit code {self.code}"
-        known = {member.value: member.name for member in signal.Signals}
-        name = f"ended by {known.get(-self.code, f'signal {-self.code}')}"
+        name = how_it_ended(self.code)
         return f"{name}: {lines[0]}" if lines[0] else name
 
 

@@ -76,3 +76,14 @@ class Loss(Component):
 
     def __call__(self, outputs: TokenOutputs, block: Block) -> LossOutput:
         raise AssertionError(f"{type(self).__name__} is not callable")
+
+
+class Asking(Loss):
+    """What a second model is asked when no loss is there to ask."""
+
+    type: str = "asking"
+    columns: frozenset[str]
+
+    @property
+    def asks(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.columns

@@ -11,7 +11,7 @@ Must not know recipes, losses or how a model was loaded.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -243,11 +243,34 @@ def _backward_flops(
     return 2 * q.shape[0] * visible_pairs(documents, window) * (3 * q.shape[-1] + 2 * v.shape[-1])
 
 
+class Decoding(Protocol):
+    """Sequences whose keys and values are kept from one forward pass to the next: what rollouts are sampled with."""
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+        kernel: Kernel,
+    ) -> Tensor:
+        """One layer's attention of the row's tokens, [Hq, T, Dv]: each sees itself and what is kept of its sequence.
+
+        Called once a layer, in their order; shapes and options are those of `document_attention`.
+        """
+        ...
+
+
 def register() -> None:
     """Makes the operator known to transformers, as `attn_implementation="burnish"` (kernel `auto`) and
     `"burnish_sdpa"`, `"burnish_varlen"`, `"burnish_flex"`. The layout is then a keyword of the model's forward:
     `model(input_ids [1, T], position_ids=[1, T], documents=[D, 4])`, and no mask is built. With a `context_parallel`
-    the tokens are this rank's, and the documents those that it clipped.
+    the tokens are this rank's, and the documents those that it clipped. With `decoding=` in the layout's place the row
+    goes on with sequences that were begun before.
 
     Source: transformers' `AttentionInterface` and `AttentionMaskInterface`.
     """
@@ -278,6 +301,7 @@ def _for_transformers(kernel: Kernel) -> Callable[..., tuple[Tensor, None]]:
         dropout: float = 0.0,
         documents: Tensor | None = None,
         context_parallel: ContextParallel | None = None,
+        decoding: Decoding | None = None,
         sliding_window: int | None = None,
         softcap: float | None = None,
         s_aux: Tensor | None = None,
@@ -288,7 +312,10 @@ def _for_transformers(kernel: Kernel) -> Callable[..., tuple[Tensor, None]]:
         """[1, H, T, D] in, [1, T, H, D] out, as transformers' attention modules expect it."""
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         for wrong, reason in (
-            (documents is None, "no document layout reached this layer: pass `documents=` to the model's forward"),
+            (
+                documents is None and decoding is None,
+                "no document layout reached this layer: pass `documents=` to the model's forward",
+            ),
             (not causal, "it attends in both directions, packed rows are causal"),
             (dropout > 0, "attention dropout is not supported: set `attention_dropout` to 0 in the model's config"),
             (attention_mask is not None, "it brings a mask of its own"),
@@ -303,6 +330,10 @@ def _for_transformers(kernel: Kernel) -> Callable[..., tuple[Tensor, None]]:
         ):
             if wrong:
                 raise _refusal(type(module).__name__, reason)
+        if decoding is not None:
+            options = {"scale": scaling, "window": sliding_window, "softcap": softcap, "sinks": s_aux}
+            out = decoding.attend(query[0], key[0], value[0], kernel=kernel, **options)
+            return out.transpose(0, 1).unsqueeze(0), None
         assert documents is not None
         k, v, first = key[0], value[0], 0
         if context_parallel is not None:

@@ -304,10 +304,7 @@ def _causal_weights(model: PolicyModel) -> tuple[Any, dict[str, Whole]]:
 def _write_adapter(model: PolicyModel, to: Path, base_path: str, base_revision: str) -> dict[str, Whole]:
     """Writes PEFT's two files; returns what is in the larger."""
     assert isinstance(model.adapter, LoRA)
-    config = model.adapter.peft_config(model)
-    config.base_model_name_or_path = str(Path(base_path).resolve()) if Path(base_path).exists() else base_path
-    config.revision = base_revision
-    config.inference_mode = True
+    config = model.adapter.saved_config(model, base_path, base_revision)
     tensors = adapter_tensors(model)
     if classifier_head(model) is not None:
         config.task_type = "SEQ_CLS"

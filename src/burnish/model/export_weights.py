@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -89,19 +89,9 @@ def save_weights(
         RunFailed: rank 0 could not write; it raises the OSError itself.
     """
     from huggingface_hub import split_state_dict_into_shards_factory
-    from transformers.core_model_loading import revert_weight_conversion
 
-    dtype = computing_dtype(model)
-    with torch.device("meta"):
-        shell = kind._from_config(config, dtype=dtype, attn_implementation="eager")
-    conversions = getattr(model.causal_lm, "_weight_conversions", None)
-    if conversions is not None:
-        shell._weight_conversions = conversions
     held: dict[str, Tensor] = {}
-    unsaved = set(shell._keys_to_ignore_on_save or ())
-    planned = revert_weight_conversion(
-        shell, {name: _cast(tensor, dtype) for name, tensor in _leaves(tensors, held).items() if name not in unsaved}
-    )
+    shell, planned = plan_files(model, kind, config, tensors, held)
     split = split_state_dict_into_shards_factory(
         planned,
         get_storage_size=lambda tensor: tensor.nbytes,
@@ -118,6 +108,24 @@ def save_weights(
             (to / "model.safetensors.index.json").write_text(f"{index}\n")
     files = {file: {name: planned[name] for name in names} for file, names in split.filename_to_tensors.items()}
     _stream(files, tensors, held, to, model.mesh)
+
+
+def plan_files(
+    model: PolicyModel, kind: Any, config: Any, tensors: Mapping[str, Whole], held: Mapping[str, Tensor]
+) -> tuple[Any, dict[str, Tensor]]:
+    """(an empty model of a transformers class, what `save_pretrained` of a full one would write under which names):
+    the latter deferred, made of what `held` has of `tensors` at the time."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    dtype = computing_dtype(model)
+    with torch.device("meta"):
+        shell = kind._from_config(config, dtype=dtype, attn_implementation="eager")
+    conversions = getattr(model.causal_lm, "_weight_conversions", None)
+    if conversions is not None:
+        shell._weight_conversions = conversions
+    unsaved = set(shell._keys_to_ignore_on_save or ())
+    leaves = {name: _cast(tensor, dtype) for name, tensor in _leaves(tensors, held).items() if name not in unsaved}
+    return shell, revert_weight_conversion(shell, leaves)
 
 
 def save_tensors(tensors: Mapping[str, Whole], file: Path, mesh: Mesh | None) -> None:
@@ -149,21 +157,24 @@ def read_folder(folder: Path, kind: Any) -> dict[str, Tensor]:
         RunFailed: it would not find all of its weights there.
     """
     files = WeightFiles([str(file) for file in sorted(folder.glob("model*.safetensors"))])
-    with quiet():
-        loaded, found = kind.from_pretrained(
-            None,
-            config=kind.config_class.from_pretrained(folder),
-            state_dict=files.tensors,
-            dtype="auto",
-            output_loading_info=True,
-        )
-    lost = sorted(found["missing_keys"] | {name for name, *_ in found["mismatched_keys"]})
+    found, lost = as_loaded(kind, kind.config_class.from_pretrained(folder), files.tensors)
     if lost:
         raise RunFailed(f"{folder}: the export has no {lost[0]}, or one of another shape")
-    return dict(loaded.named_parameters(remove_duplicate=False)) | dict(loaded.named_buffers())
+    return found
 
 
-def _leaves(tensors: Mapping[str, Whole], held: dict[str, Tensor]) -> dict[str, Tensor]:
+def as_loaded(kind: Any, config: Any, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """(what transformers' class `kind` makes of the tensors of files, by parameter name, deferred; names of those that
+    it lacks or that have another shape)."""
+    with quiet():
+        loaded, found = kind.from_pretrained(
+            None, config=config, state_dict=dict(tensors), dtype="auto", output_loading_info=True
+        )
+    lost = sorted(found["missing_keys"] | {name for name, *_ in found["mismatched_keys"]})
+    return dict(loaded.named_parameters(remove_duplicate=False)) | dict(loaded.named_buffers()), lost
+
+
+def _leaves(tensors: Mapping[str, Whole], held: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Each tensor deferred, its values those that `held` has under its name at the time."""
 
     def leaf(name: str, tensor: Whole) -> Tensor:
@@ -182,36 +193,51 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _stream(files: Files, tensors: Mapping[str, Whole], held: dict[str, Tensor], to: Path, mesh: Mesh | None) -> None:
     """Gathers each of `tensors`, and writes what can be made of those that `held` then has."""
     first = mesh is None or mesh.rank == 0
-    left = {(file, name): set(sources(tensor)) for file, found in files.items() for name, tensor in found.items()}
-    users: dict[str, list[tuple[str, str]]] = {}
-    for place, names in left.items():
-        for name in names:
-            users.setdefault(name, []).append(place)
+    file_of = {name: file for file, names in files.items() for name in names}
+    planned = {name: tensor for names in files.values() for name, tensor in names.items()}
     open_files: dict[str, _File] = {}
     error: OSError | None = None
     try:
-        for name in (name for name in tensors if name in users):
-            made = tensors[name].make()
-            if not first or error is not None:  # others wait in the next gathering
+        for name, tensor in made(planned, tensors, held, first=first):
+            if error is not None:  # others wait in the next gathering
                 continue
-            held[name] = made.cpu()
+            file = file_of[name]
             try:
-                for file, entry in [place for place in users[name] if left[place] <= held.keys()]:
-                    if file not in open_files:
-                        open_files[file] = _File(to / file, files[file])
-                    open_files[file].write(entry, values(files[file][entry]))
-                    del left[file, entry]
+                if file not in open_files:
+                    open_files[file] = _File(to / file, files[file])
+                open_files[file].write(name, tensor)
             except OSError as failed:
                 error = failed
-            for done in [n for n in held if not any(place in left for place in users[n])]:
-                del held[done]
     finally:
         for file in open_files.values():
             file.close()
-    _agree(error, left if first else {}, mesh)
+    _agree(error, mesh)
 
 
-def _agree(error: OSError | None, left: Mapping[Any, Any], mesh: Mesh | None) -> None:
+def made(
+    planned: Mapping[str, Tensor], tensors: Mapping[str, Whole], held: dict[str, Tensor], *, first: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """Gathers each of `tensors` into `held`, and yields what can be made of those that it then has, on the CPU, until
+    all of `planned` is. Every rank takes part; on those that are not `first` there is nothing to yield."""
+    left = {name: set(sources(tensor)) for name, tensor in planned.items()}
+    users: dict[str, list[str]] = {}
+    for name, needed in left.items():
+        for source in needed:
+            users.setdefault(source, []).append(name)
+    for source in (source for source in tensors if source in users):
+        whole = tensors[source].make()
+        if not first:
+            continue
+        held[source] = whole.cpu()
+        for name in [name for name in users[source] if left[name] <= held.keys()]:
+            yield name, values(planned[name])
+            del left[name]
+        for done in [source for source in held if not any(name in left for name in users[source])]:
+            del held[done]
+    assert not (first and left), f"not made: {list(left)[:4]}"
+
+
+def _agree(error: OSError | None, mesh: Mesh | None) -> None:
     """Raises on every rank if rank 0 could not write."""
     said = str(error) if error is not None else None
     said = said if mesh is None else mesh.from_first(said)
@@ -219,7 +245,6 @@ def _agree(error: OSError | None, left: Mapping[Any, Any], mesh: Mesh | None) ->
         raise error
     if said is not None:
         raise RunFailed(f"rank 0 could not write the export: {said}")
-    assert not left, f"not written: {list(left)[:4]}"
 
 
 class _File:

@@ -140,6 +140,7 @@ def shard(model: PolicyModel, mesh: Mesh, dtype: torch.dtype) -> None:
         fully_shard(module, mp_policy=replace(precision, param_dtype=torch.float32), **options)
     fully_shard(model, mp_policy=precision, reshard_after_forward=True, **options)
     register_fsdp_forward_method(model, "logits")
+    register_fsdp_forward_method(model, "next_logits")
     for module in fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)

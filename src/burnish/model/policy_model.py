@@ -17,15 +17,17 @@ from torch import Tensor, nn
 from torch.export import register_dataclass
 
 from burnish.errors import ModelError
+from burnish.model import head_chunks
 from burnish.model.divergence import Reference
-from burnish.model.project import PROJECTED, previous_token, project
+from burnish.model.project import PROJECTED, project
 from burnish.model.shards import Whole, reader
 from burnish.model.vocabulary import head_weight_with_rows, rows_owner, with_new_rows
 from burnish.model.vocabulary_shard import WHOLE
-from burnish.types import Block, Ranking, TokenOutputs
+from burnish.types import Block, Ranking, TokenOutputs, previous_token
 
 if TYPE_CHECKING:
     from burnish.mesh import Mesh
+    from burnish.model.attention import Decoding
     from burnish.model.config import Adapter
     from burnish.model.context_parallel import ContextParallel
     from burnish.model.heads.base import Head
@@ -59,6 +61,8 @@ class PolicyModel(nn.Module):
         text_config = causal_lm.config.get_text_config()
         self.softcap: float | None = getattr(text_config, "final_logit_softcapping", None)
         self.logit_scale = _logit_scale(text_config)
+        self.temperature = 1.0
+        """Logits are divided by it: that of the rollouts it learns from."""
         self.projection_chunk = projection_chunk
         self.adapter: Adapter | None = None
         """What was applied to it, if anything was."""
@@ -188,6 +192,7 @@ class PolicyModel(nn.Module):
                 reference=reference,
                 softcap=self.softcap,
                 logit_scale=self.logit_scale,
+                temperature=self.temperature,
                 vocab_size=self.vocab_size,
                 chunk=self.projection_chunk,
                 shard=self.vocabulary_shard,
@@ -230,6 +235,23 @@ class PolicyModel(nn.Module):
             use_cache=False,
         )
         return outputs.logits[0, :, : self.vocab_size].clone()  # FSDP warns of views
+
+    def next_logits(self, token_ids: Tensor, position_ids: Tensor, rows: Tensor, decoding: Decoding) -> Tensor:
+        """Float32 logits [n, V] of what follows the tokens `rows`, int64 [n], of a row: for sampling.
+
+        Args:
+            token_ids: int64 [T], the next tokens of sequences that `decoding` keeps.
+            position_ids: int64 [T], of each in its sequence.
+        """
+        hidden_TH = self.backbone(
+            input_ids=token_ids.unsqueeze(0),
+            position_ids=position_ids.unsqueeze(0),
+            decoding=decoding,
+            use_cache=False,
+        ).last_hidden_state.squeeze(0)
+        head = head_chunks.Head(self.vocab_size, self.softcap, self.logit_scale, 1.0, len(rows), self.vocabulary_shard)
+        hidden_nH = hidden_TH[rows]
+        return head.logits(hidden_nH, self.head_weight(), self.head.bias, head.buffer(hidden_nH, 1)[0])[0]
 
     def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """(name, parameter) of everything the optimizer moves, in the model's order; a tied weight once."""

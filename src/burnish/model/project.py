@@ -148,19 +148,6 @@ class _Vectors(torch.autograd.Function):
         return *gradients.result(weight, bias), None, None, None
 
 
-def previous_token(block: Block) -> Tensor:
-    """int64 [T]: the token whose hidden state predicts token t, -1 where there is none.
-
-    That is t - 1 inside a document; for a document's first token the last token of its shared prefix; none for the
-    first token of a document without a prefix, and for padding. Tensor operations only, the host never waits.
-    """
-    index_T = torch.arange(block.num_tokens, device=block.token_ids.device)
-    start_T, _, prefix_start_T, prefix_end_T = block.documents[block.document_ids.clamp(min=0)].long().unbind(1)
-    before_first_T = torch.where(prefix_end_T > prefix_start_T, prefix_end_T - 1, -1)
-    previous_T = torch.where(index_T > start_T, index_T - 1, before_first_T)
-    return torch.where(block.document_ids >= 0, previous_T, -1)
-
-
 def project(
     hidden_TH: Tensor,
     weight_VH: Tensor,

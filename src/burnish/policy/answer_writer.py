@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from burnish.errors import DataError
+from burnish.model.tensor_bytes import tensor_bytes
 from burnish.policy.answers import KEY_BYTES, STORED, file_name
-from burnish.policy.checkpoint.manifest import MANIFEST, encode_header, encode_manifest, tensor_bytes
+from burnish.policy.checkpoint.manifest import MANIFEST, encode_header, encode_manifest
 from burnish.policy.checkpoint.storage import Storage
 
 FILE_BYTES = 256 * 2**20

@@ -135,6 +135,9 @@ class Answers:
         for sample, key in zip((s for s in group.samples if s.loss_mask.any()), keys_of(group), strict=True):
             self._find(key, sample.sample_id)
 
+    def set_temperature(self, temperature: float) -> None:
+        assert temperature == 1.0, "what was kept was said at temperature 1"
+
     def annotate(self, blocks: list[Block], loss: Loss) -> list[Block]:
         """`blocks` with the columns that `loss` asks.
 

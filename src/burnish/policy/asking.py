@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from burnish.errors import DataError
-from burnish.losses.base import Loss
+from burnish.losses.base import Asking
 from burnish.policy.answer_writer import FILE_BYTES, Writer
 from burnish.policy.answers import FORMAT, Document, documents_of
 from burnish.policy.policy import in_chunks
@@ -25,17 +25,6 @@ if TYPE_CHECKING:
     from burnish.policy.second import Second, Surroundings
 
 PROGRESS_SECONDS = 15.0
-
-
-class _Asking(Loss):
-    """What a second model is asked when no loss is there to ask."""
-
-    type: str = "asking"
-    columns: frozenset[str]
-
-    @property
-    def asks(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.columns
 
 
 def answer_all(
@@ -76,7 +65,7 @@ def answer_all(
 def _asked(second: Second, around: Surroundings, columns: Set[str]) -> Iterator[tuple[Document, dict[str, Tensor]]]:
     """Every document that `around` has, once, with its columns at its trained tokens."""
     seen: set[bytes] = set()
-    loss = _Asking(columns=frozenset(columns))
+    loss = Asking(columns=frozenset(columns))
     told = time.monotonic()
     for rows in in_chunks(around.blocks(), around.micro_batch_size):
         for block in second.annotate(rows, loss):

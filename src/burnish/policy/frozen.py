@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from burnish.model.divergence import Reference
 from burnish.model.head_chunks import Head
-from burnish.model.project import previous_token
 from burnish.model.shards import whole
 from burnish.policy.policy import in_chunks
 from burnish.policy.second import COLUMNS, TOP_K
 from burnish.policy.throughput import ForwardCost
-from burnish.types import Block, collate
+from burnish.types import Block, collate, previous_token
 
 if TYPE_CHECKING:
     from burnish.losses.base import Loss
@@ -69,6 +68,9 @@ class Frozen:
 
     def require(self, group: Group) -> None:
         """It can be asked about anything."""
+
+    def set_temperature(self, temperature: float) -> None:
+        self.model.temperature = temperature
 
     def annotate(self, blocks: list[Block], loss: Loss) -> list[Block]:
         """`blocks` with the columns that `loss` asks, at their trained tokens; 0 elsewhere."""

@@ -44,6 +44,9 @@ class WithMismatched:
     def require(self, group: Group) -> None:
         self.inner.require(group)
 
+    def set_temperature(self, temperature: float) -> None:
+        self.inner.set_temperature(temperature)
+
     def annotate(self, blocks: list[Block], loss: Loss) -> list[Block]:
         blocks = self.inner.annotate(blocks, loss)
         if "kto_kl" not in loss.asks:

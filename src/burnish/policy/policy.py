@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from burnish.errors import ResumeError
-from burnish.model.project import previous_token
+from burnish.losses.base import Asking
 from burnish.model.seeded import generator
 from burnish.model.shards import is_writer, local, region_of
 from burnish.model.tensor_parallel import finish_gradients
@@ -29,7 +29,7 @@ from burnish.policy.checkpoint.piece import Piece
 from burnish.policy.elastic import TreeSum, norm_by_rows
 from burnish.policy.totals import Totals
 from burnish.region import Region
-from burnish.types import Block, LossOutput, Metric, collate
+from burnish.types import Block, LossOutput, Metric, TokenOutputs, collate, previous_token
 
 if TYPE_CHECKING:
     from burnish.losses.base import Loss
@@ -162,9 +162,23 @@ class Policy:
                 self.mesh.alive()
         return totals.over_ranks(self.mesh)[0]
 
-    def logprobs(self, blocks: list[Block]) -> list[Tensor]:
-        """float32 [T] for each block, where that block is: log p of every token that something predicts, else 0."""
-        return logprobs(self.model, self.mesh, blocks, self.micro_batch_size)
+    def logprobs(self, blocks: list[Block], *, trained_only: bool = False) -> list[Tensor]:
+        """float32 [T] for each block, where that block is: log p of every token that something predicts, or of trained
+        ones only, else 0."""
+        return logprobs(self.model, self.mesh, blocks, self.micro_batch_size, trained_only=trained_only)
+
+    @torch.no_grad()
+    def read(self, blocks: list[Block], loss: Loss, read: Callable[[TokenOutputs, Block], Tensor]) -> list[Tensor]:
+        """[T] for each block, where that block is: what `read` makes of the outputs that `loss` needs."""
+        self.model.eval()
+        result: list[Tensor] = []
+        for rows in in_chunks(blocks, self.micro_batch_size):
+            batch = collate(rows).to(self.mesh.device)
+            outputs = self.model(batch, needs=loss.needs, reads=loss.reads(batch))
+            parts = read(outputs, batch).split([row.num_tokens for row in rows])
+            result += [part.to(row.token_ids.device) for part, row in zip(parts, rows, strict=True)]
+            self.mesh.alive()
+        return result
 
     @torch.no_grad()
     def embeddings(self, blocks: list[Block], *, training: bool = False) -> list[Tensor]:
@@ -251,14 +265,25 @@ class Policy:
         return self.model.hf_tensors(merge=True)
 
     def annotated(self, blocks: list[Block], loss: Loss) -> list[Block]:
-        """`blocks`, a step's or an evaluation's chunk, with the columns that `loss.asks` of a second model.
+        """`blocks`, a step's or an evaluation's chunk, with the columns that `loss.asks` of a second model; as they are
+        where they have them.
 
         Every rank must call it with as many blocks, empty ones included. No dropout is drawn.
         """
-        if not loss.asks:
+        if not loss.asks or (blocks and loss.asks <= blocks[0].columns.keys()):
             return blocks
         assert self.second is not None, f"{loss.type} asks {sorted(loss.asks)} of a second model, and there is none"
         return self.second.annotate(blocks, loss)
+
+    def asked(self, blocks: list[Block], columns: frozenset[str]) -> list[Block]:
+        """`blocks` with columns of the second model, whatever loss reads them."""
+        return self.annotated(blocks, Asking(columns=columns))
+
+    def set_temperature(self, temperature: float) -> None:
+        """Divides all logits by it from now on, the second model's too: those of rollouts were."""
+        self.model.temperature = temperature
+        if self.second is not None:
+            self.second.set_temperature(temperature)
 
     def _forward(self, batch: Block, loss: Loss) -> LossOutput:
         batch = batch.to(self.mesh.device)

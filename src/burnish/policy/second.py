@@ -53,6 +53,10 @@ class Second(Protocol):
         """Its whole distribution over a block, for a loss with a `divergence`; None where it needs none."""
         ...
 
+    def set_temperature(self, temperature: float) -> None:
+        """Its log-probabilities are those of its logits divided by this, from now on."""
+        ...
+
     @property
     def obstacle(self) -> str | None:
         """Why its operations cannot be counted, if they cannot."""

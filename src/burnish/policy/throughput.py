@@ -27,7 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_fl
 from burnish.model.attention import visible_pairs
 from burnish.model.context_parallel import whole_rows
 from burnish.model.policy_model import one_document
-from burnish.model.project import VECTORS, previous_token
+from burnish.model.project import VECTORS
+from burnish.types import previous_token
 
 if TYPE_CHECKING:
     from burnish.losses.base import Loss
@@ -254,12 +255,21 @@ def _listed_peak(device_name: str) -> float | None:
 
 @functools.cache
 def _measured_peak(device: torch.device, dtype: torch.dtype, _num_threads: int) -> float:
-    """Best of several square products: 1024 on CPU (2 GFLOP, about 20 ms a core), 8192 elsewhere."""
-    size = 1024 if device.type == "cpu" else 8192
+    """The best of several square products: of 8192 on a GPU, of 1024 on a CPU (2 GFLOP, 20 ms of a core in float32).
+
+    Of 256 where those take longer than 5 ms: a core without instructions for bfloat16 needs 2.3 s for one of 1024.
+    """
+    if device.type != "cpu":
+        return _best_product(8192, device, dtype, seconds=0.4)
+    small = _best_product(256, device, dtype, seconds=0.01)
+    return small if 2 * 256**3 / small > 0.005 else _best_product(1024, device, dtype, seconds=0.06)
+
+
+def _best_product(size: int, device: torch.device, dtype: torch.dtype, seconds: float) -> float:
+    """FLOP/s of the quickest of the products that begin within so many seconds."""
     a = torch.ones(size, size, dtype=dtype, device=device)
-    out, best, deadline = torch.empty_like(a), float("inf"), time.perf_counter() + 0.4
-    while time.perf_counter() < deadline:
-        started = time.perf_counter()
+    out, best, deadline = torch.empty_like(a), float("inf"), time.perf_counter() + seconds
+    while (started := time.perf_counter()) < deadline:
         torch.mm(a, a, out=out)
         out[0, 0].item()  # waits for the device
         best = min(best, time.perf_counter() - started)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from burnish.errors import UserError
 from burnish.launch.layout import Misfit
 from burnish.recipe.written import Written, dotted
+from burnish.workflows.on_policy import OnPolicy
 
 if TYPE_CHECKING:
     from burnish.losses.base import Loss
@@ -42,7 +43,7 @@ def length_of_run(recipe: Recipe) -> Iterator[Misfit]:
 def batch(recipe: Recipe) -> Iterator[Misfit]:
     """A step is a whole number of micro-batches."""
     whole, micro = recipe.global_batch_size, recipe.micro_batch_size
-    if whole % micro:
+    if whole % micro and not isinstance(recipe.workflow, OnPolicy):  # there it counts prompts
         below, above = whole - whole % micro, whole - whole % micro + micro
         nearest = f"{below} or {above}" if below else f"{above}"
         divisors = [n for n in range(1, micro) if whole % n == 0]
@@ -203,6 +204,57 @@ def whole_steps(recipe: Recipe) -> Iterator[Misfit]:
         yield Misfit(("global_batch_size",), reason, "raise it, or pack: every query of a step sees all its documents")
 
 
+def on_policy(recipe: Recipe) -> Iterator[Misfit]:
+    """Losses on rollouts are in a workflow that has some; engines and policy can do what is asked of them at once."""
+    workflow = recipe.workflow
+    if not isinstance(workflow, OnPolicy):
+        for loss in _single_losses(recipe):
+            if loss.rows == "rollout":
+                cure = "`workflow: {type: rl, loss: ...}`"
+                yield Misfit(("workflow", "loss"), f"{loss.type} trains on a policy's own rollouts", cure)
+        return
+    rollout, path, longest = workflow.rollout, ("workflow", "rollout"), recipe.data.max_length
+    if rollout.max_policy_lag > 0 and not rollout.workers.beside:
+        reason = f"engines that run {rollout.workers.type} sample while nothing trains, so that nothing can lag"
+        yield Misfit((*path, "workers"), reason, "`{type: processes, num_workers: 1}`, or max_policy_lag: 0")
+    if rollout.workers.type == "inline" and getattr(recipe.launch, "num_workers", 1) > 1:
+        reason = "the policy is cut over several ranks, and none of them alone can sample from it"
+        yield Misfit((*path, "workers"), reason, "`{type: processes, num_workers: 1}` or `{type: ray, num_workers: 1}`")
+    if rollout.workers.type == "ray" and recipe.launch.type == "ray":
+        reason = "a rank on a Ray cluster holds no token for it, so it cannot start engines there"
+        yield Misfit((*path, "workers"), reason, "`launch: {type: processes}`, or `workers: {type: processes}`")
+    if rollout.sync.type == "shared_memory" and getattr(rollout.workers, "address", None) is not None:
+        reason = "engines on a cluster may be on other machines, which share no memory with this one"
+        yield Misfit((*path, "sync"), reason, "`{type: broadcast}`, or `{type: file, folder: ...}` on a shared disk")
+    most = rollout.sampling.max_new_tokens
+    if most >= longest:
+        reason = f"rollouts of {longest} tokens have no room for a prompt and {most} more"
+        yield Misfit((*path, "sampling", "max_new_tokens"), reason, f"less than {longest}, or a larger data.max_length")
+    if recipe.anomaly.action == "rollback":
+        reason = "a rollback passes over rows, and those of a bad step are sampled anew each time"
+        yield Misfit(("anomaly", "action"), reason, "set it to skip or stop")
+    if recipe.mesh != "auto" and recipe.mesh.tp * recipe.mesh.cp > 1:
+        yield Misfit(("mesh",), "rollouts are trained by data parallel ranks alone so far", "set tp and cp to 1")
+    if getattr(workflow, "num_minibatches", 1) > recipe.global_batch_size:
+        reason = f"{recipe.global_batch_size} prompts a step cannot be split over more minibatches"
+        yield Misfit(("workflow", "num_minibatches"), reason, f"at most {recipe.global_batch_size}")
+    yield from _draws(workflow)
+
+
+def _draws(workflow: OnPolicy) -> Iterator[Misfit]:
+    """The policy can say the probability of what was drawn."""
+    sampling, path = workflow.rollout.sampling, ("workflow", "rollout", "sampling")
+    if not workflow.trains_on_draws:
+        return
+    if sampling.temperature == 0:
+        reason = "the likeliest token is always the same, and there is nothing to choose between"
+        yield Misfit((*path, "temperature"), reason, "set it to 1.0")
+    if sampling.top_p < 1 or sampling.top_k > 0:
+        key = "top_p" if sampling.top_p < 1 else "top_k"
+        reason = "the policy's own log-probabilities know of no cut, so every ratio to the engine's would be wrong"
+        yield Misfit((*path, key), reason, "remove it; cut in `eval_sampling`, or with `workflow: {type: best_of_n}`")
+
+
 def _single_losses(recipe: Recipe) -> list[Loss]:
     """The losses of the workflow, the terms of a sum one by one: what they say of one head or column may differ."""
     losses = recipe.workflow.losses()
@@ -261,4 +313,5 @@ CHECKS: tuple[Callable[[Recipe], Iterator[Misfit]], ...] = (
     second_models,
     minimised,
     whole_steps,
+    on_policy,
 )

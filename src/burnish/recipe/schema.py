@@ -97,7 +97,7 @@ class Recipe(Config):
     max_grad_norm: Annotated[float, Gt(0)] | None = 1.0
     """The gradient is scaled down to this norm if it is longer; null: never."""
     global_batch_size: Annotated[int, Ge(1)] = 8
-    """Packed rows a step, over all ranks."""
+    """Packed rows a step, over all ranks; of workflows that train on their own rollouts, prompts a step."""
     micro_batch_size: Annotated[int, Ge(1)] = 1
     """Packed rows a rank computes at once; the gradient does not depend on it, memory does."""
     num_steps: Annotated[int, Ge(1)] | None = None

@@ -24,6 +24,11 @@ class Workflow(Component):
         """Trains to the end, or raises: Stopped when paused, RunFailed, or a UserError from the data."""
         raise AssertionError(f"{type(self).__name__} has no loop")
 
+    @property
+    def exports(self) -> bool:
+        """Whether the run leaves a model behind."""
+        return True
+
     def losses(self) -> list[Loss]:
         """Every loss of the workflow: they say what rows, heads and second models the run needs."""
         return []

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from burnish.data.packing.layout import empty_block
-from burnish.data.stream import merge_states
 from burnish.errors import RefusedElsewhere, RunFailed, Stopped, UserError
 from burnish.policy.checkpoint import Saved
 from burnish.policy.policy import in_chunks
 from burnish.workflows.anomaly import OK, Anomalies, Anomaly, Verdict
 
 if TYPE_CHECKING:
-    from burnish.data.stream import Stream
     from burnish.losses.base import Loss
     from burnish.policy.checkpoint import Checkpointer
     from burnish.policy.policy import Policy, Update
@@ -44,6 +42,38 @@ def means(metrics: Mapping[str, Metric]) -> dict[str, float]:
     return {name: total / (count or 1.0) for name, (total, count) in metrics.items() if count or name == "loss"}
 
 
+class Feed(Protocol):
+    """What a step is made of, in the run's order: packed rows of the data, or groups of the policy's own rollouts."""
+
+    wait_seconds: float
+    """Total time that `take` waited."""
+
+    def take(self, count: int, /) -> list[Any]:
+        """The next ones; none at the end of the run. Raises UserError: one of them cannot be used."""
+        ...
+
+    @property
+    def over(self) -> bool:
+        """Whether all were taken."""
+        ...
+
+    def progress(self) -> float | None:
+        """Share that was consumed; None where there is no end."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """JSON: what was consumed; `merged` makes one of all ranks', which each of them can `load`."""
+        ...
+
+    def merged(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]: ...
+
+    def load(self, state: dict[str, Any]) -> None: ...
+
+    def ledger_state(self) -> dict[str, Any]: ...
+
+    def ledger(self, states: Sequence[dict[str, Any]] | None = None) -> dict[str, Any]: ...
+
+
 class Journal(Protocol):
     """Where a run writes what a person reads: metrics, events, the token ledger, the screen."""
 
@@ -52,6 +82,12 @@ class Journal(Protocol):
     def event(self, kind: str, **facts: Any) -> None: ...
 
     def ledger(self, totals: Mapping[str, Any]) -> None: ...
+
+    def rollouts(self, step: int, groups: Sequence[Mapping[str, Any]]) -> None:
+        """What the policy said in a step, for reading."""
+
+    def selected(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Rows that a step has made, durably."""
 
     def rollbacks(self, listed: Mapping[str, Any]) -> None:
         """Keeps the list of steps that are passed over; durable on return."""
@@ -76,14 +112,14 @@ class Run:
     """A training run, resumed or fresh, as a workflow sees it."""
 
     policy: Policy
-    stream: Stream
+    stream: Feed
     held_out: Callable[[], Iterable[Block]] | None
     """One pass over the evaluation rows; None where the recipe has none."""
     schedule: Schedule
     learning_rate: float
     """Peak; the schedule multiplies it."""
     blocks_per_step: int
-    """Packed rows of this rank in a step."""
+    """Packed rows of this rank in a step; of rollouts, groups of all ranks."""
     cadence: Cadence
     checkpointer: Checkpointer
     journal: Journal
@@ -107,8 +143,8 @@ class Run:
     _record: dict[str, float] = field(default_factory=dict)
     _started: float = 0.0
 
-    def batches(self) -> Iterator[tuple[float, list[Block]]]:
-        """(learning rate, packed rows) of each step still to do.
+    def batches(self) -> Iterator[tuple[float, list[Any]]]:
+        """(learning rate, what the stream gives) of each step still to do.
 
         Everything that must not happen inside a step happens between two: the step's line is written, background saves
         are looked at, a checkpoint is begun, a signal is heeded. Leaves a checkpoint behind however it ends, but for
@@ -139,7 +175,11 @@ class Run:
             self._finish_step()
         self.save(wait=True)
 
-    def _take(self) -> list[Block]:
+    def note(self, metrics: Mapping[str, float]) -> None:
+        """More to say of the step at hand than its loss does."""
+        self._record |= metrics
+
+    def _take(self) -> list[Any]:
         """This rank's rows of a step, or none at the end.
 
         A row that cannot be used, or a remote file that fails, is reached only now, and by one rank: all refuse it, and
@@ -213,7 +253,7 @@ class Run:
                 f"  cure: lower optimizer.learning_rate, or look at those rows"
             )
 
-    def _note_rows(self, kind: str, reason: str, blocks: list[Block]) -> None:
+    def _note_rows(self, kind: str, reason: str, blocks: list[Any]) -> None:
         """An event about the step at hand that names its rows."""
         mesh = self.policy.mesh
         held_by = mesh.gather([sample for block in blocks for sample in block.sample_ids])[:: mesh.peers]
@@ -306,7 +346,7 @@ class Run:
         streams = self.policy.mesh.gather(stream or self.stream.state())[:: self.policy.mesh.peers]
         state = {
             "step": self.step,
-            "stream": merge_states(streams),
+            "stream": self.stream.merged(streams),
             "policy": policy,
             "anomalies": self.anomalies.state(),
         }

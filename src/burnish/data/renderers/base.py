@@ -11,6 +11,7 @@ from burnish.types import CONVERSATIONS, RowFormat
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from burnish.rollouts import Dialogue
     from burnish.types import Rendered, Row
 
 
@@ -22,6 +23,17 @@ class LiveRenderer(Protocol):
 
     def render(self, rows: Sequence[Row]) -> list[Rendered]:
         """One result a row, in order, tokenised together (one `encode_batch`) because that is where the time goes."""
+        ...
+
+    def dialogue(self, multi_turn: bool = False) -> Dialogue:
+        """How the same rows are asked about, for workflows that train on what the policy itself says.
+
+        Args:
+            multi_turn: something will answer the policy between its turns.
+
+        Raises:
+            DataError: that cannot be, with these rows or this chat template.
+        """
         ...
 
 

@@ -28,6 +28,7 @@ from burnish.types import CONVERSATIONS, Group, Rendered, Row, RowFormat, Sample
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from burnish.data.dialogue import ChatDialogue
     from burnish.data.rendering.probe import Report
     from burnish.data.rendering.sandbox import TemplateProcess
     from burnish.data.rendering.tokens import Tokens
@@ -124,6 +125,7 @@ class LiveChat:
         self._row_format = row_format
         self._all = config.train_on == "all"
         self._share = config.share_prompt
+        self._tokenizer = tokenizer
         self._tokens = SpanTokenizer(tokenizer)
         eos = tokenizer.eos_token_id
         self._eos = np.array([] if eos is None else [eos], np.int32)
@@ -142,6 +144,16 @@ class LiveChat:
                 self._grade([text for text in texts if text.part.steps is not None])
                 results += map(self._rendered, drafts)
         return results
+
+    def dialogue(self, multi_turn: bool = False) -> ChatDialogue:
+        """Rows as prompts: a `prompt` or messages, to which the template adds the opening of the model's turn.
+
+        Raises:
+            DataError: the template cannot lead a dialogue of several turns.
+        """
+        from burnish.data.dialogue import ChatDialogue
+
+        return ChatDialogue(self._tokenizer, self._process, self._bos.tolist(), multi_turn)
 
     def _located(self, rows: Sequence[Row]) -> list[_Draft]:
         drafts = [self._draft(row) for row in rows]

@@ -22,6 +22,7 @@ from burnish.types import CONVERSATIONS, Group, Rendered, Row, RowFormat, Sample
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from burnish.data.dialogue_items import ItemDialogue
     from burnish.data.tokenizers.vocabulary import Items
 
 
@@ -49,7 +50,7 @@ class Events(Renderer):
         Raises:
             DataError: the tokenizer has no items or lacks a feature, or the losses want other rows than histories.
         """
-        if row_format.kind not in ("conversation", "history"):
+        if row_format.kind not in ("conversation", "history", "rollout"):
             cure = "use a loss that reads histories: nll, sampled_softmax, ranking"
             raise DataError(f"a loss reads rows of {row_format.kind} data, not histories", "data.renderer", cure)
         items = items_of(tokenizer)
@@ -67,9 +68,10 @@ class Events(Renderer):
         return LiveEvents(self, vocab, items, bos)
 
 
-class _Event(NamedTuple):
-    """The ids of one event."""
+class Event(NamedTuple):
+    """The ids of one event, and the name of its item."""
 
+    name: str
     context: list[int]
     item: list[int]
     feedback: list[int]
@@ -84,60 +86,78 @@ class LiveEvents:
     chat_template: str | None = None
 
     def __init__(self, config: Events, vocab: dict[str, int], items: Items, bos: list[int]) -> None:
-        self._config, self._vocab, self._bos = config, vocab, bos
+        self.config, self.vocab, self.bos = config, vocab, bos
         codes = {item: [vocab[token] for token in tokens] for item, tokens in items.codes.items()}
         singles = {token: [number] for token, number in vocab.items() if items.start <= number < items.end}
-        self._items = codes or singles
+        self.items = codes or singles
+        """Item -> its ids."""
+        self.features = {number for token, number in vocab.items() if number < items.start and "=" in token}
+        """Ids of features of an event."""
         self._range = {"item_start": np.array(items.start), "item_end": np.array(items.end)}
 
     def render(self, rows: Sequence[Row]) -> list[Rendered]:
         """One result a row, in order. A history that cannot be used carries its refusal."""
         return [self._rendered(row) for row in rows]
 
-    def _rendered(self, row: Row) -> Rendered:
-        config, fates = self._config, Counter[str]()
+    def dialogue(self, multi_turn: bool = False) -> ItemDialogue:
+        """Histories as prompts: what is given of them is asked, items are sampled, and what came later is `future`."""
+        from burnish.data.dialogue_items import ItemDialogue
+
+        return ItemDialogue(self)
+
+    def read(self, row: Row) -> tuple[list[Event], int] | DataError:
+        """(the row's events that the vocabulary has, how many of them are given), or why it cannot be used."""
         if not isinstance(row.record.get("events"), list):
             reason = f"the row has no events; it has {', '.join(row.record) or 'nothing'}"
-            return Rendered(row, None, fates, DataError(reason, row.where, "read it with `{type: events, path: ...}`"))
+            return DataError(reason, row.where, "read it with `{type: events, path: ...}`")
         given, kept = row.record.get("given", 0), []
         for number, event in enumerate(row.record["events"]):
             found = self._event(event, number, row)
             if isinstance(found, DataError):
-                return Rendered(row, None, fates, found)
+                return found
             if found is None:
-                fates["dropped: unknown item"] += 1
                 given -= number < row.record.get("given", 0)
             else:
                 kept.append(found)
+        return kept, given
+
+    def _rendered(self, row: Row) -> Rendered:
+        config, fates = self.config, Counter[str]()
+        read = self.read(row)
+        if isinstance(read, DataError):
+            return Rendered(row, None, fates, read)
+        kept, given = read
+        if unknown := len(row.record["events"]) - len(kept):
+            fates["dropped: unknown item"] = unknown
         cut = max(0, len(kept) - (config.max_events or len(kept)))
         if cut:
             fates["truncated"] += sum(map(len, kept[:cut]))
-        return self._finished(row, kept[cut:], given - cut, fates, self._bos if not cut else [])
+        return self._finished(row, kept[cut:], given - cut, fates, self.bos if not cut else [])
 
-    def _event(self, event: dict[str, Any], number: int, row: Row) -> _Event | DataError | None:
-        item = self._items.get(event["item"])
+    def _event(self, event: dict[str, Any], number: int, row: Row) -> Event | DataError | None:
+        item = self.items.get(event["item"])
         if item is None:
-            return None if self._config.unknown == "drop" else self._unknown(f"item '{event['item']}'", number, row)
+            return None if self.config.unknown == "drop" else self._unknown(f"item '{event['item']}'", number, row)
         sides = []
-        for names in (self._config.context, self._config.feedback):
+        for names in (self.config.context, self.config.feedback):
             ids: list[int] = []
             for name in names:
                 value = event.get(name)
                 for one in value if isinstance(value, list) else [value]:
                     token = f"{name}={spelled(one)}"
-                    if token in self._vocab:
-                        ids.append(self._vocab[token])
-                    elif self._config.unknown == "refuse":
+                    if token in self.vocab:
+                        ids.append(self.vocab[token])
+                    elif self.config.unknown == "refuse":
                         return self._unknown(f"feature '{token}'", number, row)
             sides.append(ids)
-        return _Event(sides[0], item, sides[1])
+        return Event(event["item"], sides[0], item, sides[1])
 
     def _unknown(self, what: str, number: int, row: Row) -> DataError:
         place = row.record.get("places", {number: f"{row.where}, event {number}"})[number]
         cure = "add it to the vocabulary, or leave it out with `data.renderer.unknown: drop`"
         return DataError(f"{what} is not in the vocabulary", place, cure)
 
-    def _finished(self, row: Row, events: list[_Event], given: int, fates: Counter[str], bos: list[int]) -> Rendered:
+    def _finished(self, row: Row, events: list[Event], given: int, fates: Counter[str], bos: list[int]) -> Rendered:
         ids, trained = list(bos), [False] * len(bos)
         given = max(given, 0 if bos else 1)  # the first item is predicted from the beginning, where that has a token
         for number, event in enumerate(events):
@@ -149,7 +169,7 @@ class LiveEvents:
             trained += [False] * len(feedback)
         if not any(trained):
             what = "is empty" if not events else f"has nothing to predict: {len(events)} event, {given} of them given"
-            refused = self._config.short == "refuse" and not fates["dropped: unknown item"]
+            refused = self.config.short == "refuse" and not fates["dropped: unknown item"]
             cure = "remove it, or leave such histories out with `data.renderer.short: drop`"
             fates["dropped: nothing to predict"] += len(ids)
             return Rendered(row, None, fates, DataError(f"the history {what}", row.where, cure) if refused else None)

@@ -106,7 +106,7 @@ def locate(
             continue
         plain, marks = take_marks(rendered)
         if plain != text:
-            failure = f"marks around the contents change the text: {_difference(text, plain)}"
+            failure = f"marks around the contents change the text: {difference(text, plain)}"
             continue
         _check_rendered(messages, marker.strings, marks)
         return text, _turns(text, marks, marker.strings, messages, anchors)
@@ -131,6 +131,17 @@ def as_parts(message: Message) -> Message:
     if not isinstance(content, str):
         return message
     return {**message, "content": [{"type": "text", "text": content}] if content else []}
+
+
+def refuse_forged(value: Any, index: int, control: Sequence[str]) -> None:
+    """Raises Refused where a text in a part of message `index` is that of a token which makes up turns."""
+    for text in _strings(value):
+        for token in control:
+            if token in text:
+                raise Refused(
+                    f"messages[{index}] holds the text of the control token {token}, which would forge a turn",
+                    f"remove it, or break it up: {token[:2]} {token[2:]}",
+                )
 
 
 class _Marker:
@@ -170,13 +181,7 @@ class _Marker:
         return marked
 
     def _check(self, value: Any, index: int) -> None:
-        for text in (value,) if isinstance(value, str) else _strings(value):
-            for token in self._control:
-                if token in text:
-                    raise Refused(
-                        f"messages[{index}] holds the text of the control token {token}, which would forge a turn",
-                        f"remove it, or break it up: {token[:2]} {token[2:]}",
-                    )
+        refuse_forged(value, index, self._control)
 
     def _content(self, content: Any, index: int, tags: tuple[str, ...]) -> Any:
         if isinstance(content, str):
@@ -394,7 +399,8 @@ def _tagged_turns(text: str, marks: Marks, messages: list[Message], anchors: Anc
     return located
 
 
-def _difference(text: str, other: str) -> str:
+def difference(text: str, other: str) -> str:
+    """Where two texts part, in words."""
     at = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
     return f"{text[max(0, at - 10) : at + 30]!r} becomes {other[max(0, at - 10) : at + 30]!r}"
 

@@ -13,9 +13,9 @@ from burnish.data.rendering.locate import Anchors, Message, Refused, as_parts, l
 from burnish.data.rendering.template import ChatTemplate, mark, take_marks
 
 _Q, _A = 4000, 4001
-_USER = {"role": "user", "content": "How far?"}
-_REPLY = {"role": "assistant", "content": "Two miles."}
-_TOOL = {
+USER = {"role": "user", "content": "How far?"}
+REPLY = {"role": "assistant", "content": "Two miles."}
+TOOL = {
     "type": "function",
     "function": {
         "name": "look_up",
@@ -27,14 +27,14 @@ _TOOL = {
         },
     },
 }
-_CALL = {
+CALL = {
     "role": "assistant",
     "content": "",
     "tool_calls": [
         {"type": "function", "id": "abcdefghi", "function": {"name": "look_up", "arguments": {"query": "Rome"}}}
     ],
 }
-_RESULT = {"role": "tool", "name": "look_up", "tool_call_id": "abcdefghi", "content": "Far."}
+RESULT = {"role": "tool", "name": "look_up", "tool_call_id": "abcdefghi", "content": "Far."}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +75,10 @@ def learn(template: ChatTemplate, specials: list[str], extra: dict[str, Any]) ->
     pattern = re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or r"(?!)")
     failure = ""
     for parts in (False, True):
-        for chat in ([_USER, _REPLY, _USER, _REPLY], [_USER, _REPLY]):
+        for chat in ([USER, REPLY, USER, REPLY], [USER, REPLY]):
             messages = [as_parts(message) for message in chat] if parts else chat
             try:
-                middle, last = _tails(template, messages, None, extra)
+                middle, last = tails(template, messages, None, extra)
             except Exception as error:
                 failure = failure or said(error)
                 continue
@@ -101,8 +101,8 @@ def report(template: ChatTemplate, anchors: Anchors, extra: dict[str, Any]) -> R
     Raises:
         Refused: the mask of even the plainest conversation cannot be proved.
     """
-    text, turns = locate(template, anchors, [_USER, _REPLY], None, extra)
-    messages = [as_parts(_USER) if anchors.parts else _USER]
+    text, turns = locate(template, anchors, [USER, REPLY], None, extra)
+    messages = [as_parts(USER) if anchors.parts else USER]
     try:
         as_served = text.startswith(template.render(messages, None, extra, prompt=True))
     except Exception:  # it refuses a chat that ends with the user: then nothing is served from it
@@ -112,9 +112,9 @@ def report(template: ChatTemplate, anchors: Anchors, extra: dict[str, Any]) -> R
         generation_prompt=anchors.prompt,
         end_of_turn=anchors.ends,
         last_turn_ends=turns[-1].ended,
-        system=_tried(template, anchors, [{"role": "system", "content": "Be brief."}, _USER, _REPLY], None, extra),
+        system=_tried(template, anchors, [{"role": "system", "content": "Be brief."}, USER, REPLY], None, extra),
         reasoning=_reasoning(template, anchors, extra),
-        tool_calls=_tried(template, anchors, [_USER, _CALL, _RESULT, _REPLY], [_TOOL], extra),
+        tool_calls=_tried(template, anchors, [USER, CALL, RESULT, REPLY], [TOOL], extra),
         content_as_parts=anchors.parts,
         dated="strftime_now" in template.source,
         as_served=as_served,
@@ -139,18 +139,18 @@ def _reasoning(template: ChatTemplate, anchors: Anchors, extra: dict[str, Any]) 
     key = "reasoning_content" if "reasoning_content" in template.source else "thinking"
     if key not in template.source:
         return "rendered as content" if template.thought_tags else "never rendered"
-    thoughtful = {**_REPLY, key: "Measured once."}
-    outcome = _tried(template, anchors, [_USER, thoughtful], None, extra)
+    thoughtful = {**REPLY, key: "Measured once."}
+    outcome = _tried(template, anchors, [USER, thoughtful], None, extra)
     if outcome != "rendered":
         return outcome
     try:
-        text, _ = locate(template, anchors, [_USER, thoughtful, _USER, _REPLY], None, extra)
+        text, _ = locate(template, anchors, [USER, thoughtful, USER, REPLY], None, extra)
     except Refused as refused:
         return refused.reason
     return "kept" if "Measured once." in text else "kept in the last turn only"
 
 
-def _tails(
+def tails(
     template: ChatTemplate, messages: list[Message], tools: list[dict[str, Any]] | None, extra: dict[str, Any]
 ) -> tuple[str | None, str | None]:
     """What follows the first assistant turn up to the next content, and what follows the last. None: no such turn."""
@@ -205,8 +205,8 @@ def _call_ends(
 ) -> tuple[str, ...]:
     """How a turn of tool calls ends, where that is not as any turn does: gpt-oss `<|call|>`, Gemma 4 `<tool_call|>`."""
     try:
-        _, last = _tails(template, [_USER, _CALL], [_TOOL], extra)
-        middle, _ = _tails(template, [_USER, _CALL, _RESULT], [_TOOL], extra)
+        _, last = tails(template, [USER, CALL], [TOOL], extra)
+        middle, _ = tails(template, [USER, CALL, RESULT], [TOOL], extra)
     except Exception:  # no tool calls in this template, or it wants the result: the rows will tell
         return ()
     if last is None or middle is None:
@@ -220,7 +220,7 @@ def _call_ends(
 
 
 def _prompt(template: ChatTemplate, extra: dict[str, Any], parts: bool, specials: re.Pattern[str]) -> str:
-    user = _surrounded(as_parts(_USER) if parts else _USER, mark(_Q))
+    user = _surrounded(as_parts(USER) if parts else USER, mark(_Q))
     try:
         tails = []
         for prompt in (False, True):
@@ -232,7 +232,7 @@ def _prompt(template: ChatTemplate, extra: dict[str, Any], parts: bool, specials
     if prompt:
         return prompt
     # Llama 2 has no generation prompt: ` [/INST]` ends the user's turn, and the answer follows with no header.
-    reply = _surrounded(as_parts(_REPLY) if parts else _REPLY, mark(_A))
+    reply = _surrounded(as_parts(REPLY) if parts else REPLY, mark(_A))
     text, marks = take_marks(template.render([user, reply], None, extra))
     header = text[marks[1][1] : marks[2][1]] if len(marks) == 4 else ""
     return tails[1] if header.startswith(tails[1]) and not header[len(tails[1]) :].strip() else ""

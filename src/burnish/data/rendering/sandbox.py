@@ -53,24 +53,28 @@ class TemplateProcess:
 
     def locate(self, conversations: Sequence[bytes]) -> list[Located | DataError]:
         """One answer a conversation, `marshal` of (messages, tools, chat_template_kwargs); errors have no place yet."""
+        return self.answers("locate", conversations)
+
+    def answers(self, what: str, records: Sequence[bytes]) -> list[Any]:
+        """What the process says of each record, as the method `what` of `worker.py` has it; or a DataError."""
         with self._lock:
             if self._process is None or self._owner != os.getpid():
                 self._start()
             try:
-                return self._located(self._ask(list(conversations)))
+                return self._answered(self._ask((what, list(records))))
             except _Died as died:
-                if len(conversations) == 1:
+                if len(records) == 1:
                     return [self._killed(died)]
-            answers: list[Located | DataError] = []
-            for conversation in conversations:  # which one was it?
+            answers: list[Any] = []
+            for record in records:  # which one was it?
                 try:
                     self._start()
-                    answers += self._located(self._ask([conversation]))
+                    answers += self._answered(self._ask((what, [record])))
                 except _Died as died:
-                    return answers + [self._killed(died)] * (len(conversations) - len(answers))
+                    return answers + [self._killed(died)] * (len(records) - len(answers))
             return answers
 
-    def _located(self, answers: list[Any]) -> list[Located | DataError]:
+    def _answered(self, answers: list[Any]) -> list[Any]:
         return [a if a[0] is not None else DataError(a[1], cure=a[2]) for a in answers]
 
     def _killed(self, died: _Died) -> DataError:

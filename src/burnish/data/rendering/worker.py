@@ -1,4 +1,4 @@
-"""The template process: renders conversations and locates masks where a template can be killed.
+"""The template process: renders conversations, locates masks and continues dialogues where a template can be killed.
 
 A chat template is a program that came with a model. jinja2's sandbox keeps it from attributes and imports, not from
 looping or allocating without end; a process of its own with limits on memory and processor time does. Started by
@@ -14,6 +14,7 @@ import sys
 import time
 from typing import Any, BinaryIO
 
+from burnish.data.rendering.ask import ask, between, probe_turns, stops
 from burnish.data.rendering.locate import Anchors, Refused, locate, said
 from burnish.data.rendering.probe import learn, report
 from burnish.data.rendering.template import ChatTemplate
@@ -41,16 +42,43 @@ class _Live:
             self._anchors[key] = learn(self._template, self._specials, extra)
         return self._anchors[key]
 
-    def locate(self, conversation: bytes) -> tuple[str, list[tuple[int, int]]] | tuple[None, str, str]:
-        """(text, trained characters), or (None, reason, cure)."""
+    def locate(self, conversation: bytes) -> tuple[str, list[tuple[int, int]]]:
+        """(text, trained characters)"""
         messages, tools, extra = marshal.loads(conversation)
+        text, turns = locate(self._template, self._anchors_for(extra), messages, tools, extra)
+        return text, [span for turn in turns if messages[turn.message].get("train", True) for span in turn.spans]
+
+    def ask(self, conversation: bytes) -> tuple[str]:
+        """The prompt that the conversation is."""
+        messages, tools, extra = marshal.loads(conversation)
+        return (ask(self._template, self._anchors_for(extra), messages, tools, extra),)
+
+    def between(self, dialogue: bytes) -> tuple[str, int]:
+        """What follows a sampled turn, see `ask.between`."""
+        prompt, turns, tools, extra = marshal.loads(dialogue)
+        return between(self._template, self._anchors_for(extra), prompt, turns, tools, extra)
+
+    def dialogue(self, _: bytes) -> tuple[list[str], str]:
+        """(what ends a turn, why no dialogue of several turns can be led or nothing)"""
+        anchors = self._anchors_for({})
+        return stops(self._template, anchors), probe_turns(self._template, anchors)
+
+    def answer(self, what: str, record: bytes) -> tuple[Any, ...]:
+        """What the method `what` says of a record, or (None, reason, cure)."""
         try:
-            text, turns = locate(self._template, self._anchors_for(extra), messages, tools, extra)
+            return getattr(self, what)(record)
         except Refused as refused:
             return None, refused.reason, refused.cure
         except Exception as error:  # of the template: it may do anything, and the other rows still want their answer
-            return None, f"the loss mask cannot be located: {said(error)}", "look at the template, or shorten the row"
-        return text, [span for turn in turns if messages[turn.message].get("train", True) for span in turn.spans]
+            return None, f"{_FAILED[what]}: {said(error)}", "look at the template, or shorten the row"
+
+
+_FAILED = {
+    "locate": "the loss mask cannot be located",
+    "ask": "the prompt cannot be rendered",
+    "between": "the dialogue cannot be continued",
+    "dialogue": "the template cannot be tried",
+}
 
 
 def main() -> None:
@@ -71,9 +99,10 @@ def main() -> None:
     except Exception as error:
         return _write(answers, (None, f"the chat template cannot be used: {said(error)}", "check its syntax"))
     _write(answers, live.report.to_dict())
-    while (conversations := _read(requests)) is not None:
+    while (request := _read(requests)) is not None:
         _allow_seconds()
-        _write(answers, [live.locate(conversation) for conversation in conversations])
+        what, records = request
+        _write(answers, [live.answer(what, record) for record in records])
 
 
 def _allow_seconds() -> None:

@@ -43,6 +43,9 @@ class Events(Source):
     window: Annotated[int, Ge(2)] | None = None
     """Longer histories become several rows of at most this many events, each beginning half a window after the one
     before; every event is predicted once. For `all` and `train`. Absent: one row a user."""
+    future: Annotated[int, Ge(1)] | None = None
+    """Of every row the last so many events are to be predicted, together, from all before them: what a policy that
+    recommends several is compared with. `part: test` with 2 is what `train` leaves out. Absent: as `part` says."""
     min_user_events: Annotated[int, Ge(1)] = 1
     """Users of a table with fewer events are left out, as often as leaving out items makes new ones (k-core)."""
     min_item_events: Annotated[int, Ge(1)] = 1
@@ -70,14 +73,18 @@ class Span(NamedTuple):
     given: int
 
 
-def spans(length: int, part: Part, window: int | None) -> list[Span]:
+def spans(length: int, part: Part, window: int | None, future: int | None = None) -> list[Span]:
     """The rows that become of a history.
 
     >>> spans(6, "test", None)
     [Span(start=0, end=6, given=5)]
     >>> spans(9, "train", 4)    # 7 events: 0..3, then 4 and 5 after 2 and 3, then 6 after 4 and 5
     [Span(start=0, end=4, given=0), Span(start=2, end=6, given=2), Span(start=4, end=7, given=2)]
+    >>> spans(6, "test", None, future=2)
+    [Span(start=0, end=6, given=4)]
     """
+    if future is not None:
+        return [span._replace(given=max(0, span.end - span.start - future)) for span in spans(length, part, window)]
     if part == "valid" or part == "test":
         end = max(0, length - (part == "valid"))
         return [Span(0, end, max(0, end - 1))]
@@ -108,7 +115,7 @@ class _Table:
             [
                 (number, start + span.start, start + span.end, span.given)
                 for number, (start, end) in enumerate(pairwise(edges))
-                for span in spans(end - start, config.part, config.window)
+                for span in spans(end - start, config.part, config.window, config.future)
             ],
             np.int64,
         ).reshape(-1, 4)
@@ -228,8 +235,11 @@ class _Histories:
         numbers = []
         for number in range(len(self._table)):
             length = len(self._history(self._table.rows([number])[0]).record["events"])
-            numbers += [(number, k) for k in range(len(spans(length, self._config.part, self._config.window)))]
+            numbers += [(number, k) for k in range(len(self._spans(length)))]
         return numbers
+
+    def _spans(self, length: int) -> list[Span]:
+        return spans(length, self._config.part, self._config.window, self._config.future)
 
     def __len__(self) -> int:
         return len(self._table) if self._numbers is None else len(self._numbers)
@@ -242,7 +252,7 @@ class _Histories:
 
     def _part(self, row: Row, k: int) -> Row:
         events = row.record["events"]
-        start, end, given = spans(len(events), self._config.part, self._config.window)[k]
+        start, end, given = self._spans(len(events))[k]
         return Row({**row.record, "events": events[start:end], "given": given}, row.where)
 
     def _history(self, row: Row) -> Row:

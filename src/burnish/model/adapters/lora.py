@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from annotated_types import Ge, Interval
@@ -132,4 +133,12 @@ class LoRA(Adapter):
             inference_mode=False,
         )
         verify_targets(self, config, model)
+        return config
+
+    def saved_config(self, model: PolicyModel, base_path: str, base_revision: str) -> Any:
+        """The same as it stands in a PEFT folder; `base_path` (hub id or folder) is what the adapter belongs to."""
+        config = self.peft_config(model)
+        config.base_model_name_or_path = str(Path(base_path).resolve()) if Path(base_path).exists() else base_path
+        config.revision = base_revision
+        config.inference_mode = True
         return config

@@ -131,30 +131,48 @@ def _merged(layer: Any, read: Callable[[Tensor], Tensor]) -> Tensor:
 
 def adapter_tensors(model: PolicyModel) -> dict[str, Whole]:
     """What was trained, under the names of PEFT's `adapter_model.safetensors`, padding rows cut off. A tied weight is
-    written under both names.
+    written under both names."""
+    return {peft_name(name): tensor for name, tensor in adapter_parts(model).items()}
 
-    PEFT writes DoRA's magnitudes as `lora_magnitude_vector`, which transformers' own reader of such files passes over;
-    both read `lora_magnitude_vector.weight`.
-    """
+
+def adapter_parts(model: PolicyModel) -> dict[str, Whole]:
+    """The same, under the names that `model` has for them."""
     found, read = {}, reader(model)
     for name, parameter in model.causal_lm.named_parameters(remove_duplicate=False):
-        layer, _, part = re.sub(r"\.(lora_|modules_to_save)", r" \1", name).partition(" ")
-        if part:
+        if _layer_and_part(name)[1]:
             shape = whole_shape(model, name, parameter)
             # What is cut off is known from the shape alone: from a tensor that has no memory.
-            shape = tuple(_cut(model, layer, part, torch.empty(shape, device="meta")).shape)
-            make = partial(_whole_part, model, layer, part, partial(read, parameter))
-            part = part.removeprefix(f"modules_to_save.{ADAPTER}.").replace(f".{ADAPTER}", "")
-            found[f"base_model.model.{layer}.{part}"] = Whole(make, shape, parameter.dtype)
+            shape = tuple(without_padding(model, name, torch.empty(shape, device="meta")).shape)
+            make = partial(_whole_part, model, name, partial(read, parameter))
+            found[name] = Whole(make, shape, parameter.dtype)
     return found
 
 
-def _whole_part(model: PolicyModel, layer: str, part: str, make: Callable[[], Tensor]) -> Tensor:
-    return _cut(model, layer, part, make()).contiguous().clone()
+def peft_name(name: str) -> str:
+    """What PEFT's files call the adapter's parameter `name` of a model.
+
+    They have no `default` in it. PEFT writes DoRA's magnitudes as `lora_magnitude_vector`, which transformers' own
+    reader of such files passes over; both read `lora_magnitude_vector.weight`.
+    """
+    layer, part = _layer_and_part(name)
+    part = part.removeprefix(f"modules_to_save.{ADAPTER}.").replace(f".{ADAPTER}", "")
+    return f"base_model.model.{layer}.{part}"
 
 
-def _cut(model: PolicyModel, layer: str, part: str, tensor: Tensor) -> Tensor:
-    """Without what belongs to padding rows of the vocabulary."""
+def _layer_and_part(name: str) -> tuple[str, str]:
+    """`...q_proj.lora_A.default.weight` is the part `lora_A.default.weight` of a layer; of other names it is empty."""
+    layer, _, part = re.sub(r"\.(lora_|modules_to_save)", r" \1", name).partition(" ")
+    return layer, part
+
+
+def _whole_part(model: PolicyModel, name: str, make: Callable[[], Tensor]) -> Tensor:
+    return without_padding(model, name, make()).contiguous().clone()
+
+
+def without_padding(model: PolicyModel, name: str, tensor: Tensor) -> Tensor:
+    """The part of the adapter's parameter `name`, or of a tensor shaped as it, that belongs to no padding rows of the
+    vocabulary; memory is shared."""
+    layer, part = _layer_and_part(name)
     if layer not in model.padded:
         return tensor
     if part.startswith("lora_embedding_A"):

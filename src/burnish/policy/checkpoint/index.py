@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from burnish.policy.checkpoint.manifest import DTYPES, FORMAT, MANIFEST, Corrupt, encode_manifest
+from burnish.model.tensor_bytes import DTYPES
+from burnish.policy.checkpoint.manifest import FORMAT, MANIFEST, Corrupt, encode_manifest
 from burnish.region import Region
 
 

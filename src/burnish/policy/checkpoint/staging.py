@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from burnish.policy.checkpoint.manifest import tensor_bytes
+from burnish.model.tensor_bytes import tensor_bytes
 from burnish.policy.checkpoint.piece import Piece
 
 Pieces = Mapping[str, Mapping[str, Piece]]

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+from burnish.model.tensor_bytes import tensor_bytes
 from burnish.policy.checkpoint.index import FileFacts, Index, Slice, Stored
-from burnish.policy.checkpoint.manifest import STATE, encode_header, tensor_bytes
+from burnish.policy.checkpoint.manifest import STATE, encode_header
 from burnish.policy.checkpoint.piece import Piece
 from burnish.policy.checkpoint.place import Draft
 from burnish.region import Region

@@ -1,0 +1,180 @@
+"""Opens what an on-policy workflow is handed in place of packed rows: prompts, engines, rewards and their collector.
+
+Rank 0 alone has engines and rewards; the other ranks hear of their rollouts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from burnish.workflows.on_policy import OnPolicy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import ExitStack
+
+    from burnish.data.prompts import Prompts
+    from burnish.launch.texts import Texts
+    from burnish.policy.agreement import Student
+    from burnish.policy.policy import Policy
+    from burnish.recipe import Recipe
+    from burnish.rollout.collector import Collector
+    from burnish.rollout.engine import EngineSetup
+    from burnish.rollouts import Dialogue, Prompt
+    from burnish.workflows.rollout_stream import RolloutStream
+
+
+def on_policy(recipe: Recipe) -> OnPolicy | None:
+    """The recipe's workflow, where it trains on what the policy says."""
+    return recipe.workflow if isinstance(recipe.workflow, OnPolicy) else None
+
+
+def open_prompts(recipe: Recipe, texts: Texts) -> Prompts:
+    """The run's prompts. Raises UserError: a file is missing, or prompts cannot be made of it."""
+    from burnish.data import prompts
+
+    return prompts.open_prompts(
+        recipe.data,
+        dialogue_of(recipe, texts),
+        seed=recipe.seed,
+        num_epochs=recipe.num_epochs,
+        max_prompt_length=recipe.data.max_length - 1,
+    )
+
+
+def dialogue_of(recipe: Recipe, texts: Texts) -> Dialogue:
+    """How the recipe's rows are asked about. Raises DataError: that cannot be."""
+    workflow = on_policy(recipe)
+    assert workflow is not None
+    return texts.renderer.dialogue(multi_turn=workflow.rollout.environment.is_interactive)
+
+
+def engine_setup(recipe: Recipe, texts: Texts, student: Student) -> EngineSetup:
+    """What an engine must know to sample for this run."""
+    from burnish.rollout.engine import EngineSetup
+
+    workflow = on_policy(recipe)
+    assert workflow is not None
+    tokenizer_path = str(Path(recipe.run_dir).absolute() / "tokenizer")
+    return EngineSetup(
+        model=recipe.model,
+        seed=recipe.seed,
+        new_tokens=student.new_tokens,
+        max_length=recipe.data.max_length,
+        stop_token_ids=tuple(dialogue_of(recipe, texts).stop_token_ids),
+        tokenizer_path=tokenizer_path,
+        temperature=workflow.rollout.sampling.temperature,
+    )
+
+
+def open_rollouts(
+    recipe: Recipe,
+    policy: Policy,
+    prompts: Prompts,
+    texts: Texts,
+    student: Student,
+    stack: ExitStack,
+    event: Callable[..., None],
+) -> RolloutStream:
+    """The stream of the run's rollouts; engines and rewards are ended with `stack`.
+
+    Raises:
+        UserError: an engine or a reward cannot be opened.
+    """
+    from burnish.launch.second import shares_rows
+    from burnish.model.wire import adapter_alone
+    from burnish.workflows.rollout_probe import Probe
+    from burnish.workflows.rollout_rows import Layout
+    from burnish.workflows.rollout_stream import RolloutStream
+
+    workflow = on_policy(recipe)
+    assert workflow is not None
+    rollout = workflow.rollout
+    policy.set_temperature(rollout.sampling.temperature)
+    collector = _collector(recipe, policy, prompts, texts, student, stack, event) if policy.mesh.rank == 0 else None
+    folder = Path(recipe.run_dir) / "tokenizer"
+    stream = RolloutStream(
+        policy,
+        collector,
+        layout=Layout(
+            row_length=recipe.data.packing.tokens_per_row(recipe.data.max_length),
+            share_prompts=shares_rows(recipe) and rollout.group_size > 1,
+            one_a_row=not shares_rows(recipe),
+        ),
+        probe=Probe(
+            rollout.alignment,
+            rollout.alignment.limit(
+                [recipe.model.dtype, rollout.engine.computes_in(recipe.model.dtype)],
+                same_code=rollout.engine.is_policy_code,
+            ),
+            rollout.sampling,
+            event,
+        ),
+        require=prompts.require,
+        extent=prompts.extent,
+        num_prompts=prompts.num_prompts,
+        beside=rollout.max_policy_lag > 0,
+        adapter_only=rollout.workers.beside
+        and adapter_alone(policy.model)
+        and rollout.engine.takes_adapter(engine_setup(recipe, texts, student)),
+        folder=folder,
+        evaluation=prompts.evaluation,
+    )
+    stack.callback(stream.close)
+    return stream
+
+
+def _collector(
+    recipe: Recipe,
+    policy: Policy,
+    prompts: Prompts,
+    texts: Texts,
+    student: Student,
+    stack: ExitStack,
+    event: Callable[..., None],
+) -> Collector:
+    from burnish.model.wire import describe
+    from burnish.rewards.pool import RewardPool
+    from burnish.rollout.collector import Collector
+
+    workflow = on_policy(recipe)
+    assert workflow is not None
+    rollout, environment = workflow.rollout, workflow.rollout.environment
+    folder = Path(recipe.run_dir) / "tokenizer"
+    texts.tokenizer.save_pretrained(folder)
+    describe(policy.model, folder, base_path=recipe.model.path or "", base_revision=recipe.model.revision)
+    judges = RewardPool(workflow.rewards, environment, num_workers=rollout.reward_workers, event=event)
+    stack.callback(judges.close)
+    fleet = rollout.workers.open(
+        rollout.engine,
+        engine_setup(recipe, texts, student),
+        rollout.sync,
+        model=policy.model,
+        run_dir=Path(recipe.run_dir).absolute(),
+        event=event,
+    )
+    stack.callback(fleet.close)
+    return Collector(
+        config=rollout,
+        fleet=fleet,
+        judges=judges,
+        dialogue=dialogue_of(recipe, texts),
+        prompt_at=prompt_at(prompts),
+        per_step=recipe.global_batch_size,
+        max_length=recipe.data.max_length,
+        seed=recipe.seed,
+        interactive=environment.is_interactive,
+        max_turns=environment.max_turns,
+    )
+
+
+def prompt_at(prompts: Prompts) -> Callable[[int], Prompt | str | None]:
+    """The run's prompts as a collector asks for them: by index, a left-out one as the reason why."""
+    from burnish.rollouts import Dropped
+
+    def at(index: int) -> Prompt | str | None:
+        found = prompts.get(index)
+        return found.reason if isinstance(found, Dropped) else found
+
+    return at

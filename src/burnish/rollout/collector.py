@@ -1,0 +1,323 @@
+"""From prompts to groups of rewarded rollouts: one state machine over a fleet of engines and a pool of rewards.
+
+    a prompt is reserved -> its episodes are begun -> turns are sampled and answered -> the group is rewarded
+    -> it is committed, or left out -> the trainer takes groups in the prompts' order
+
+`pump` moves everything on that can be moved. Nothing that is in flight is state: what a checkpoint keeps is which
+prompts were consumed and which groups are finished, and a prompt that is begun again draws from the same seeds. It must
+not know tensors, ranks, where engines run or how rewards are computed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from burnish.environments.base import Observation
+from burnish.errors import RunFailed
+from burnish.rewards.pool import CallFailed, Draft, Score
+from burnish.rollout.buffer import Buffer
+from burnish.rollout.episode import Episode, seed_of
+from burnish.rollouts import Completion, Prompt, Rollout, RolloutGroup, SamplingParams
+
+if TYPE_CHECKING:
+    from burnish.rollout.config import RolloutConfig
+    from burnish.rollout.fleet import Fleet
+    from burnish.rollouts import Dialogue
+
+Kind = Literal["train", "eval", "probe"]
+"""What a group is sampled for. A probe is one turn, and nobody rewards it."""
+
+POLL_SECONDS = 0.02
+"""Between two looks at engines and rewards, while both are asked."""
+
+
+class Judges(Protocol):
+    """What computes rewards and environments beside the collector; see `rewards.pool.RewardPool`."""
+
+    def score(self, key: str, prompt: Prompt, drafts: Sequence[Draft]) -> None: ...
+
+    def reset(self, key: str, row: dict[str, Any], seed: int) -> None: ...
+
+    def step(self, key: str, state: Any, action: str) -> None: ...
+
+    def poll(self, seconds: float) -> list[tuple[Any, Any]]: ...
+
+    def abort(self) -> None: ...
+
+    @property
+    def num_unfinished(self) -> int: ...
+
+
+@dataclass(slots=True)
+class _Open:
+    """A group in flight."""
+
+    prompt: Prompt
+    version: int
+    episodes: list[Episode]
+    kind: Kind
+    scored: bool = False
+
+    @property
+    def is_over(self) -> bool:
+        return all(episode.over for episode in self.episodes)
+
+
+@dataclass(slots=True)
+class Collector:
+    """Collects the groups of a run, on the one rank that speaks with the engines.
+
+    Args:
+        prompt_at: the run's prompt at an index; the words of why it is left out; None behind the last.
+        per_step: groups of a step.
+        max_length: tokens of a rollout, at most.
+        seed: all draws are a function of it, the prompt's index and the rollout's number.
+    """
+
+    config: RolloutConfig
+    fleet: Fleet
+    judges: Judges
+    dialogue: Dialogue
+    prompt_at: Callable[[int], Prompt | str | None]
+    per_step: int
+    max_length: int
+    seed: int
+    interactive: bool
+    max_turns: int = 1
+    version: int = -1
+    """Of the policy that was published last."""
+    buffer: Buffer = field(init=False)
+    environment_failures: int = 0
+    _open: dict[str, _Open] = field(default_factory=dict)
+    _done: dict[str, RolloutGroup] = field(default_factory=dict)
+    """Groups that are no training data, by the name of their prompt."""
+    _heard: float = field(default_factory=time.monotonic)
+    """When something last moved on."""
+
+    def __post_init__(self) -> None:
+        lag, per_step = self.config.max_policy_lag, self.per_step
+        ahead = (lag + 1 + (self.config.on_stale == "drop")) * per_step
+        self.buffer = Buffer(per_step, max(ahead, int(per_step * self.config.oversample)))
+
+    def published(self, version: int) -> None:
+        """The engines hold `version`: groups that are begun from now on are of it."""
+        self.version = version
+        self.buffer.published()
+        for index in self.buffer.stale(version, self.config.max_policy_lag):
+            self.buffer.again(index)
+        self._heard = time.monotonic()
+
+    def pump(self, seconds: float) -> bool:
+        """Moves on what can be, and waits at most about so long for it; whether anything did.
+
+        Raises:
+            RunFailed: nothing was heard of anything for `max_silence_seconds`, or too many prompts were left out.
+        """
+        moved = self._begin()
+        waits_for_rewards = self.judges.num_unfinished > 0
+        for completion in self.fleet.poll(min(seconds, POLL_SECONDS) if waits_for_rewards else seconds):
+            self._sampled(completion)
+            moved = True
+        for key, result in self.judges.poll(0.0 if moved or not waits_for_rewards else min(seconds, POLL_SECONDS)):
+            self._judged(key, result)
+            moved = True
+        stuck = not moved and not self._open and self.version >= 0 and self.buffer.ready() is None
+        assert not stuck, "nothing is in flight, and nothing may be begun: what was taken last was not published"
+        now = time.monotonic()
+        if moved or not self._open:
+            self._heard = now
+        elif now - self._heard > self.config.max_silence_seconds:
+            raise RunFailed(f"nothing came for {now - self._heard:.0f} s; {self.waits_for()}")
+        return moved
+
+    def probe_prompts(self, count: int) -> list[Prompt]:
+        """The run's first prompts, for probes: always the same."""
+        found = (self.prompt_at(index) for index in range(4 * count))
+        return [prompt for prompt in found if isinstance(prompt, Prompt)][:count]
+
+    def take(self) -> list[RolloutGroup] | None:
+        """The groups of a step, consumed; fewer or none at the end of the run; None: they are not finished."""
+        return self.buffer.take()
+
+    def waits_for(self) -> str:
+        """What the next step waits for, in words."""
+        waiting = [name for name, group in self._open.items() if not group.scored]
+        judged = [name for name, group in self._open.items() if group.scored]
+        parts = []
+        if waiting:
+            parts.append(f"{len(waiting)} prompts at the engines or in their environments ({_few(waiting)})")
+        if judged:
+            parts.append(f"the rewards of {len(judged)} ({_few(judged)})")
+        return "waiting for " + " and ".join(parts or ["nothing"])
+
+    def sample(self, prompts: Sequence[Prompt], params: SamplingParams, size: int, kind: Kind) -> list[RolloutGroup]:
+        """Rollouts of prompts that are not trained, `size` of each; what is trained goes on beside them."""
+        names = [f"{kind}-{prompt.index}" for prompt in prompts]
+        for name, prompt in zip(names, prompts, strict=True):
+            self._start(name, prompt, params, size, kind)
+        while any(name not in self._done for name in names):
+            self.pump(1.0)
+        return [self._done.pop(name) for name in names]
+
+    def interrupt(self) -> None:
+        """Gives up what is in flight, for later: the engines are about to be put to sleep."""
+        if self._open:
+            self.fleet.abort()
+            self.judges.abort()
+            self._open.clear()
+            self.buffer.interrupt()
+
+    def state(self) -> dict[str, Any]:
+        """JSON of everything that a resume needs."""
+        return self.buffer.state()
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Goes on from a `state`; what was in flight is forgotten, and begun again."""
+        self.fleet.abort()
+        self.judges.abort()
+        self._open.clear()
+        self._done.clear()
+        self.buffer.load(state)
+
+    def _begin(self) -> bool:
+        """Starts all prompts that there is room for; whether there was one."""
+        began = False
+        while self.version >= 0 and (index := self.buffer.reserve()) is not None:
+            began = True
+            if self.buffer.drawn_since_take > self.config.max_draws * self.per_step:
+                left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(self.buffer.counts.items()))
+                raise RunFailed(
+                    f"{self.buffer.drawn_since_take} prompts were asked for a step of {self.per_step}, and groups are "
+                    f"still missing; so far: {left_out}\n"
+                    f"  cure: easier or harder prompts, a larger group_size, or workflow.rollout.drop_uniform: false"
+                )
+            prompt = self.prompt_at(index)
+            if prompt is None:
+                self.buffer.give_back(index)
+            elif isinstance(prompt, str):
+                self.buffer.leave_out(index, prompt)
+            else:
+                self._start(str(index), prompt, self.config.sampling, self.config.group_size, "train")
+        return began
+
+    def _start(self, name: str, prompt: Prompt, params: SamplingParams, size: int, kind: Kind) -> None:
+        episodes = [
+            Episode(f"{name}.{i}", prompt, params, self.max_length, seed_of(self.seed, name, i)) for i in range(size)
+        ]
+        self._open[name] = _Open(prompt, self.version, episodes, kind)
+        if not self.interactive or kind == "probe":
+            self.fleet.submit([episode.request() for episode in episodes])
+            return
+        for episode in episodes:
+            self.judges.reset(f"reset/{episode.name}", prompt.columns, episode.seed)
+
+    def _episode(self, name: str) -> tuple[_Open, Episode] | None:
+        group, _, number = name.partition(".")
+        found = self._open.get(group)
+        return None if found is None else (found, found.episodes[int(number.partition(".")[0])])
+
+    def _sampled(self, completion: Completion) -> None:
+        found = self._episode(completion.request_id)
+        if found is None:
+            return
+        group, episode = found
+        episode.sampled(completion)
+        goes_on = self.interactive and group.kind != "probe" and completion.finish_reason == "stop"
+        if goes_on:
+            self.judges.step(f"step/{episode.name}", episode.state, self.dialogue.text(episode.last_action))
+        else:
+            self._end(group, episode)
+
+    def _judged(self, key: str, result: Any) -> None:
+        what, _, name = key.partition("/")
+        if what == "score":
+            self._finish(name, result)
+            return
+        found = self._episode(name)
+        if found is None:
+            return
+        group, episode = found
+        if isinstance(result, CallFailed):
+            self.environment_failures += 1
+            episode.has_failed = True
+            self._end(group, episode)
+        elif what == "reset":
+            episode.state = result
+            self.fleet.submit([episode.request()])
+        else:
+            self._observed(group, episode, result)
+
+    def _observed(self, group: _Open, episode: Episode, observation: Observation) -> None:
+        episode.state = observation.state
+        episode.rewarded(observation.rewards)
+        if observation.done or episode.num_turns >= self.max_turns:
+            self._end(group, episode)
+            return
+        token_ids = self.dialogue.observe(episode.prompt, episode.turns, observation.messages)
+        if len(token_ids) >= episode.room:
+            episode.finish_reason = "length"
+            self._end(group, episode)
+            return
+        episode.observed(observation.messages, token_ids)
+        self.fleet.submit([episode.request()])
+
+    def _end(self, group: _Open, episode: Episode) -> None:
+        episode.over = True
+        name = episode.name.partition(".")[0]
+        if group.is_over and group.kind == "probe":
+            self._finish(name, [Score({}, 0.0)] * len(group.episodes))
+        elif group.is_over and not group.scored:
+            group.scored = True
+            drafts = [
+                Draft(
+                    said=self.dialogue.said(each.prompt, each.turns),
+                    token_ids=each.sampled_ids,
+                    finish_reason=each.finish_reason,
+                    terms=each.terms,
+                    failed=("environment",) if each.has_failed else (),
+                )
+                for each in group.episodes
+            ]
+            self.judges.score(f"score/{name}", group.prompt, drafts)
+
+    def _finish(self, name: str, judged: Sequence[Score]) -> None:
+        group = self._open.pop(name, None)
+        if group is None:
+            return
+        rollouts = [
+            _rollout(self.dialogue, episode, each) for episode, each in zip(group.episodes, judged, strict=True)
+        ]
+        finished = RolloutGroup(group.prompt, tuple(rollouts), group.version)
+        if group.kind != "train":
+            self._done[name] = finished
+        elif self.config.drop_uniform and len(set(finished.rewards)) == 1:
+            self.buffer.leave_out(group.prompt.index, "uniform")
+        else:
+            self.buffer.commit(finished)
+            if self.version - finished.version > self.config.max_policy_lag:
+                self.buffer.again(group.prompt.index)
+
+
+def _rollout(dialogue: Dialogue, episode: Episode, judged: Score) -> Rollout:
+    prompt_ids = episode.prompt.token_ids
+    count = len(prompt_ids)
+    return Rollout(
+        token_ids=prompt_ids + episode.token_ids,
+        loss_mask=[False] * count + episode.loss_mask,
+        logprobs=[0.0] * count + episode.logprobs,
+        versions=[-1] * count + episode.versions,
+        num_prompt=count,
+        said=dialogue.said(episode.prompt, episode.turns),
+        terms=judged.terms,
+        reward=judged.reward,
+        finish_reason=episode.finish_reason,
+        num_turns=episode.num_turns,
+        failed=judged.failed,
+    )
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

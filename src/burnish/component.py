@@ -103,6 +103,15 @@ def _shown(value: Any) -> str:
 C = TypeVar("C", bound=Component)
 
 
+def unfit(reason: str, cure: str, *keys: str | int) -> PydanticCustomError:
+    """What a validator of a block raises where parts of it do not fit together.
+
+    Args:
+        keys: path within the block to the key that is at fault; none: the whole block.
+    """
+    return PydanticCustomError("unfit", "{reason}: {cure}", {"reason": reason, "cure": cure, "keys": keys})
+
+
 @dataclass(frozen=True, slots=True)
 class OneOf:
     """Annotation: the field holds one component of `package`, chosen by `type`; without it, `default`.
@@ -176,7 +185,12 @@ class OneOf:
             raise PydanticCustomError(
                 "component",
                 "no type '{name}'{hint}; one of: {known}",
-                {"name": str(name), "hint": f", did you mean '{near[0]}'?" if near else "", "known": self._listed()},
+                {
+                    "name": str(name),
+                    "hint": f", did you mean '{near[0]}'?" if near else "",
+                    "known": self._listed(),
+                    "unknown": str(name),
+                },
             )
         module = importlib.import_module(f"{self.package}.{name}")
         for candidate in vars(module).values():

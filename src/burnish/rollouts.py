@@ -8,7 +8,7 @@ Plain Python lists: these objects cross processes, and the longest part of their
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from annotated_types import Ge, Interval
@@ -35,6 +35,11 @@ class SamplingParams(Config):
     """Texts that end a turn; what was sampled up to and with them is kept and trained."""
     stop_token_ids: list[Annotated[int, Ge(0)]] = []
     """Tokens that end a turn beside the model's own."""
+
+    @property
+    def policy_temperature(self) -> float:
+        """At which the policy computes the probability of what is drawn so: 1 where nothing is left to chance."""
+        return self.temperature or 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,14 +162,23 @@ class RolloutGroup:
         return [rollout.reward for rollout in self.rollouts]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, for checkpoints and other processes."""
-        return asdict(self)
+        """Plain data, for checkpoints and other processes. It shares the group's lists: `asdict` copies them number by
+        number, 31 ms for 8 rollouts of 1,000 tokens, and this is asked every step."""
+        return {
+            "prompt": _by_field(self.prompt),
+            "rollouts": [_by_field(rollout) for rollout in self.rollouts],
+            "version": self.version,
+        }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> RolloutGroup:
         """The group that `to_json` gave."""
         rollouts = tuple(Rollout(**{**each, "failed": tuple(each["failed"])}) for each in data["rollouts"])
         return cls(Prompt(**data["prompt"]), rollouts, data["version"])
+
+
+def _by_field(part: Prompt | Rollout) -> dict[str, Any]:
+    return {each.name: getattr(part, each.name) for each in fields(part)}
 
 
 class Dialogue(Protocol):

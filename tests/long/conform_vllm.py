@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from burnish.errors import SyncFailed
+from burnish.errors import SyncFailed, UserError
 from burnish.mesh import open_mesh
 from burnish.model.adapters.lora import LoRA
 from burnish.model.config import ModelConfig
@@ -110,6 +110,14 @@ def refusals(live: LiveEngine, policy: PolicyModel) -> dict[str, str]:
     return said
 
 
+def refused(do: Callable[[], Any]) -> str:
+    try:
+        do()
+    except UserError as error:
+        return str(error)
+    return "not refused"
+
+
 def main(path: str, kind: str) -> dict[str, Any]:
     """Findings, drifts and refusals."""
     config = ModelConfig(path=path, adapter=LoRA(r=4) if kind == "adapter" else None)
@@ -124,8 +132,11 @@ def main(path: str, kind: str) -> dict[str, Any]:
         prompts=PROMPTS,
         reference=lambda prompt, token_ids: policy_logprobs(policy, prompt, token_ids),
     )
-    live = engine.open(setup)
     answer: dict[str, Any] = {"findings": [f"{finding.check}: {finding.reason}" for finding in findings]}
+    answer["argument"] = refused(lambda: VLLM(engine_args={"block_sise": 16}).open(setup))
+    answer["start"] = refused(lambda: VLLM(kv_cache_gib=1e-4, max_num_seqs=4).open(setup))
+    live = engine.open(setup)
+    answer["token"] = refused(lambda: live.submit([asked([3, 320], 0)]))
     answer["drifts"] = drifts(live, policy)
     answer["refusals"] = refusals(live, policy)
     live.update_weights(Published(policy, 300))

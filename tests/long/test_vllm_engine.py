@@ -39,6 +39,9 @@ def test_vllm_keeps_the_contract_of_an_engine(model: Path, kind: str):
     refusals = answer["refusals"]
     assert {fault: words[:3] for fault, words in refusals.items()} == dict.fromkeys(refusals, "-1 ")
     assert "came twice" in refusals["twice"] and "is not what was sent" in refusals["swapped"]
+    assert "no argument 'block_sise'" in answer["argument"] and "did you mean `block_size`?" in answer["argument"]
+    assert "vLLM does not start" in answer["start"] and "KV cache" in answer["start"]
+    assert "320 tokens, and 320 is none of them" in answer["token"]
     token_ids, reason = answer["stopped"]
     text = AutoTokenizer.from_pretrained(model).decode(token_ids)
     assert reason == "stop" and any(stop in text for stop in ("a", "e", " "))

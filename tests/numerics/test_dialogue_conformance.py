@@ -57,7 +57,9 @@ def test_what_follows_a_turn_is_as_transformers_renders_it(name, role):
     template, anchors = opened(name)
     answer = {"role": role, "content": "cardigan"}
     works = name not in NO_DIALOGUE
-    works = works and not (role == "tool" and name in USERS_ALONE) and not (role == "user" and TOOLS_ALONE.fullmatch(name))
+    works = (
+        works and not (role == "tool" and name in USERS_ALONE) and not (role == "user" and TOOLS_ALONE.fullmatch(name))
+    )
     assert (probe_turns(template, anchors) == "") == (name not in NO_DIALOGUE)
     if not works:
         with pytest.raises(Refused):

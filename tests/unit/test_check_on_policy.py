@@ -176,7 +176,7 @@ def test_tokens_that_end_a_turn(tmp_path, capsys, blocks, tiny_model: Path):
 
 
 def test_what_an_engine_cannot_sample_from_is_refused(tmp_path, capsys, blocks):
-    blocks["workflow"]["rollout"]["engine"] = {"type": "vllm", "enable_lora": True}
+    blocks["workflow"]["rollout"] |= {"engine": {"type": "vllm", "enable_lora": True}, "workers": {"type": "processes"}}
     blocks["model"]["adapter"] = {"type": "lora", "r": 4, "use_dora": True}
     [refused] = lines(check(tmp_path, capsys, blocks), "refused", "engine")
     assert "without DoRA" in refused

@@ -101,7 +101,7 @@ def test_turns_end_at_what_ends_one_in_the_template_and_at_eos(chatml):
 
 
 def test_history_is_kept_as_it_was_sampled(chatml):
-    """`the` sampled letter by letter, which the tokenizer writes as fewer tokens: what follows it is not moved by it."""
+    """`the` sampled letter by letter, which the tokenizer writes as fewer tokens: what follows is not moved by it."""
     tokenizer, live = chatml
     end, vocabulary = tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.get_vocab()
     letters = [vocabulary[letter] for letter in "the"]
@@ -151,7 +151,7 @@ def test_a_template_that_drops_earlier_thoughts_cannot_answer_as_a_user():
     first = asked(live, prompt="a")
     sampled = [*tokenizer("<think>\nb\n</think>\n\nc", add_special_tokens=False).input_ids, live.stop_token_ids[0]]
     heard = live.observe(first, [sampled], [{"role": "tool", "content": "d"}])
-    assert tokenizer.decode(heard).startswith("\n<|im_start|>tool\nd")
+    assert live.text(heard).startswith("\ntool\nd")
     with pytest.raises(DataError, match="writes earlier turns otherwise than they were sampled") as caught:
         live.observe(first, [sampled], [user("d")])
     assert caught.value.where == "train.jsonl:4"
@@ -159,8 +159,11 @@ def test_a_template_that_drops_earlier_thoughts_cannot_answer_as_a_user():
 
 REWRITERS = {
     "drops thoughts": THINKING.replace("loop.index0 > ns.last and thought", "loop.last and thought"),
-    "adds a header": CHATML.replace("message['content']", "('> ' if message.role == 'assistant' else '') + message.content"),
-    "knows no tools, and no second user": "{% if messages | length > 2 %}{{ raise_exception('too long') }}{% endif %}" + CHATML,
+    "adds a header": CHATML.replace(
+        "message['content']", "('> ' if message.role == 'assistant' else '') + message.content"
+    ),
+    "knows no tools, and no second user": "{% if messages | length > 2 %}{{ raise_exception('too long') }}{% endif %}"
+    + CHATML,
 }
 
 
@@ -175,7 +178,9 @@ def test_a_template_that_cannot_lead_a_dialogue_is_refused_by_name_where_one_is_
 
 
 def test_what_a_template_leaves_out_is_not_taken_for_said():
-    no_tools = CHATML.replace("{% for message in messages %}", "{% for message in messages if message.role != 'tool' %}")
+    no_tools = CHATML.replace(
+        "{% for message in messages %}", "{% for message in messages if message.role != 'tool' %}"
+    )
     live = dialogue(byte_level(no_tools), multi_turn=True)  # it can lead one with a user
     with pytest.raises(DataError, match="does not render what the environment answers as tool"):
         live.observe(asked(live, prompt="a"), [[live.stop_token_ids[0]]], [{"role": "tool", "content": "d"}])

@@ -74,7 +74,9 @@ def test_an_environment_answers_with_names(tmp_path):
         live.observe(found, [[4]], [{"role": "user", "content": "g"}])
 
 
-@pytest.mark.parametrize(("items", "given", "what"), [("a b", 0, "given"), ("a b", 2, "left to predict"), ("", 0, "given")])
+@pytest.mark.parametrize(
+    ("items", "given", "what"), [("a b", 0, "given"), ("a b", 2, "left to predict"), ("", 0, "given")]
+)
 def test_a_history_without_past_or_future_is_refused_or_dropped(items, given, what, tmp_path):
     refusal = asked(dialogue(vocabulary(tmp_path)), history(items, given))
     assert isinstance(refusal, DataError) and f"nothing is {what}" in refusal.reason

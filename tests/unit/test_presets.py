@@ -121,5 +121,5 @@ def test_a_loss_that_is_no_block_is_left_to_the_schema() -> None:
 
 
 def test_an_unknown_name() -> None:
-    with pytest.raises(ValueError, match=r"no preset 'dr-grpo', did you mean 'dr_grpo'\?; one of: grpo, dr_grpo"):
+    with pytest.raises(ValueError, match=r"no preset 'dr-grpo': did you mean 'dr_grpo'\? one of: grpo, dr_grpo"):
         expand("dr-grpo", {})

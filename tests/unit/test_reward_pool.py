@@ -218,7 +218,7 @@ with pool_of([function("spinning_with_child", arguments={{"folder": {str(tmp_pat
 @pytest.mark.parametrize(
     ("how", "kind", "reason"),
     [
-        ("refuses", ModelError, "judge/7b: no weights\n  cure: download them"),
+        ("refuses", ModelError, "workflow.rewards.1: judge/7b: no weights\n  cure: download them"),
         ("raises", UserError, "OSError: port 8000 is taken"),
         ("dies", UserError, "a reward cannot be opened: its process is gone: exit code 7"),
     ],

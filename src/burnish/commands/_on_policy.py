@@ -127,9 +127,7 @@ class Asking:
         every, first = count == len(asked.lengths), asked.first_lacking[column]
         text = f"{name}: {'no row has' if every else f'{count:,} rows lack'} the column `{column}`, which {whose} needs"
         cure = "name another by the reward's fields, or rename one with the source's `columns:`"
-        return Finding(
-            "prompts", "refused" if every else "warning", f"{text}; first {first}", cure
-        )
+        return Finding("prompts", "refused" if every else "warning", f"{text}; first {first}", cure)
 
     def _ends(self, dialogue: Dialogue) -> Iterator[Finding]:
         """What a turn ends with."""

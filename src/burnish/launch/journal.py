@@ -66,6 +66,8 @@ class FolderJournal:
 class SilentJournal:
     """What the other ranks say: rank 0 has said it."""
 
+    keep_rollouts = True
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         pass
 

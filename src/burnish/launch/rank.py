@@ -148,7 +148,7 @@ class _Rank:
         """The run as it stands in its folder. Raises UserError: a part of the recipe that turns out impossible."""
         import torch
 
-        from burnish.launch.rollouts import on_policy, open_prompts, open_rollouts
+        from burnish.launch.rollouts import on_policy, open_judges, open_prompts, open_rollouts
         from burnish.launch.second import surroundings
         from burnish.policy.checkpoint import Checkpointer
         from burnish.policy.throughput import Throughput, peak_flops
@@ -166,9 +166,12 @@ class _Rank:
                 policy.second.require(group)
 
         workflow = on_policy(recipe)
+        if workflow is not None:
+            self.journal.keep_rollouts = workflow.rollout.keep == "all"
         with refused_together(mesh):
             prompts = None if workflow is None else open_prompts(recipe, texts)
             stream = self.open_rows(texts, accept) if prompts is None else None
+            judges = None if workflow is None or mesh.rank else open_judges(recipe, self.stack, self.journal.event)
             for source in recipe.data.eval:
                 source.open()  # a missing file is refused now, not at the first evaluation
         around = surroundings(
@@ -184,7 +187,7 @@ class _Rank:
         policy = open_policy(recipe, mesh, around)
         if prompts is not None:
             with refused_together(mesh):
-                stream = open_rollouts(recipe, policy, prompts, texts, student, self.stack, self.journal.event)
+                stream = open_rollouts(recipe, policy, prompts, texts, student, judges, self.stack, self.journal.event)
         assert stream is not None
         checkpointer = Checkpointer(self.place, keep=recipe.checkpoint.keep, mesh=mesh)
         checkpointer.overlap(policy.optimizer)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from burnish.policy.agreement import Student
     from burnish.policy.policy import Policy
     from burnish.recipe import Recipe
+    from burnish.rewards.pool import RewardPool
     from burnish.rollout.collector import Collector
     from burnish.rollout.engine import EngineSetup
     from burnish.rollouts import Dialogue, Prompt
@@ -64,8 +65,25 @@ def engine_setup(recipe: Recipe, texts: Texts, student: Student) -> EngineSetup:
         max_length=recipe.data.max_length,
         stop_token_ids=tuple(dialogue_of(recipe, texts).stop_token_ids),
         tokenizer_path=tokenizer_path,
-        temperature=workflow.rollout.sampling.temperature,
+        temperature=workflow.rollout.sampling.policy_temperature,
     )
+
+
+def open_judges(recipe: Recipe, stack: ExitStack, event: Callable[..., None]) -> RewardPool:
+    """Processes of the recipe's rewards and environment, ended with `stack`. Needs no model: what cannot be opened is
+    refused before minutes are spent on loading one.
+
+    Raises:
+        UserError: a reward cannot be opened.
+    """
+    from burnish.rewards.pool import RewardPool
+
+    workflow = on_policy(recipe)
+    assert workflow is not None
+    rollout = workflow.rollout
+    judges = RewardPool(workflow.rewards, rollout.environment, num_workers=rollout.reward_workers, event=event)
+    stack.callback(judges.close)
+    return judges
 
 
 def open_rollouts(
@@ -74,13 +92,17 @@ def open_rollouts(
     prompts: Prompts,
     texts: Texts,
     student: Student,
+    judges: RewardPool | None,
     stack: ExitStack,
     event: Callable[..., None],
 ) -> RolloutStream:
-    """The stream of the run's rollouts; engines and rewards are ended with `stack`.
+    """The stream of the run's rollouts; engines are ended with `stack`.
+
+    Args:
+        judges: on rank 0; None elsewhere.
 
     Raises:
-        UserError: an engine or a reward cannot be opened.
+        UserError: an engine cannot be opened.
     """
     from burnish.launch.second import shares_rows
     from burnish.model.wire import adapter_alone
@@ -91,8 +113,11 @@ def open_rollouts(
     workflow = on_policy(recipe)
     assert workflow is not None
     rollout = workflow.rollout
-    policy.set_temperature(rollout.sampling.temperature)
-    collector = _collector(recipe, policy, prompts, texts, student, stack, event) if policy.mesh.rank == 0 else None
+    policy.set_temperature(rollout.sampling.policy_temperature)
+    policy.drop_nothing()
+    collector = None
+    if judges is not None:
+        collector = _collector(recipe, policy, prompts, texts, student, judges, stack, event)
     folder = Path(recipe.run_dir) / "tokenizer"
     stream = RolloutStream(
         policy,
@@ -131,11 +156,11 @@ def _collector(
     prompts: Prompts,
     texts: Texts,
     student: Student,
+    judges: RewardPool,
     stack: ExitStack,
     event: Callable[..., None],
 ) -> Collector:
     from burnish.model.wire import describe
-    from burnish.rewards.pool import RewardPool
     from burnish.rollout.collector import Collector
 
     workflow = on_policy(recipe)
@@ -144,8 +169,6 @@ def _collector(
     folder = Path(recipe.run_dir) / "tokenizer"
     texts.tokenizer.save_pretrained(folder)
     describe(policy.model, folder, base_path=recipe.model.path or "", base_revision=recipe.model.revision)
-    judges = RewardPool(workflow.rewards, environment, num_workers=rollout.reward_workers, event=event)
-    stack.callback(judges.close)
     fleet = rollout.workers.open(
         rollout.engine,
         engine_setup(recipe, texts, student),

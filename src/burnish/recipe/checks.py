@@ -217,6 +217,9 @@ def on_policy(recipe: Recipe) -> Iterator[Misfit]:
     if rollout.max_policy_lag > 0 and not rollout.workers.beside:
         reason = f"engines that run {rollout.workers.type} sample while nothing trains, so that nothing can lag"
         yield Misfit((*path, "workers"), reason, "`{type: processes, num_workers: 1}`, or max_policy_lag: 0")
+    if rollout.engine.needs_own_process and not rollout.workers.beside:
+        reason = f"the engine {rollout.engine.type} cannot share a process with training"
+        yield Misfit((*path, "workers"), reason, "`{type: processes, num_workers: 1}` or `{type: ray, num_workers: 1}`")
     if rollout.workers.type == "inline" and getattr(recipe.launch, "num_workers", 1) > 1:
         reason = "the policy is cut over several ranks, and none of them alone can sample from it"
         yield Misfit((*path, "workers"), reason, "`{type: processes, num_workers: 1}` or `{type: ray, num_workers: 1}`")
@@ -238,17 +241,23 @@ def on_policy(recipe: Recipe) -> Iterator[Misfit]:
     if getattr(workflow, "num_minibatches", 1) > recipe.global_batch_size:
         reason = f"{recipe.global_batch_size} prompts a step cannot be split over more minibatches"
         yield Misfit(("workflow", "num_minibatches"), reason, f"at most {recipe.global_batch_size}")
+    if rollout.drop_uniform and rollout.group_size == 1:
+        reason = "the rewards of a group of one are always equal, so every prompt would be left out"
+        yield Misfit((*path, "drop_uniform"), reason, "set it to false, or raise group_size")
+    if rollout.on_stale == "drop" and rollout.max_policy_lag == 0:
+        reason = "with a lag of 0 all that is sampled ahead of an update is too old after it"
+        yield Misfit((*path, "on_stale"), reason, "set it to wait, or max_policy_lag to 1")
     yield from _draws(workflow)
 
 
 def _draws(workflow: OnPolicy) -> Iterator[Misfit]:
     """The policy can say the probability of what was drawn."""
     sampling, path = workflow.rollout.sampling, ("workflow", "rollout", "sampling")
-    if not workflow.trains_on_draws:
-        return
-    if sampling.temperature == 0:
+    if sampling.temperature == 0 and workflow.compares_draws:
         reason = "the likeliest token is always the same, and there is nothing to choose between"
         yield Misfit((*path, "temperature"), reason, "set it to 1.0")
+    if not workflow.trains_on_draws:
+        return
     if sampling.top_p < 1 or sampling.top_k > 0:
         key = "top_p" if sampling.top_p < 1 else "top_k"
         reason = "the policy's own log-probabilities know of no cut, so every ratio to the engine's would be wrong"

@@ -83,6 +83,8 @@ def _key_path(detail: ErrorDetails, data: Any) -> KeyPath:
         if (isinstance(data, Mapping) and key in data) or (isinstance(data, list) and isinstance(key, int)):
             path = (*path, key)
             data = data[path[-1]]
+    if detail["type"] == "unfit":
+        return (*path, *detail.get("ctx", {})["keys"])
     return (*path, detail["loc"][-1]) if detail["type"] == "missing" else path
 
 
@@ -97,8 +99,14 @@ def _problem(path: KeyPath, details: list[ErrorDetails], written: Written) -> Us
         given = details[0]["input"]
         wanted = " or ".join(dict.fromkeys(_expected(detail) for detail in details))
         reason, cure = f"should be {wanted}, not {_shown(given)}", _other_spelling(given, details)
+    elif kind == "string_pattern_mismatch" and isinstance(path[-1], str):
+        field = block_at(path[:-1], written.data).model_fields[path[-1]]
+        reason, cure = f"{_shown(details[0]['input'])} is not of its form", f"write {_first_sentence(field)}"
+    elif kind == "unfit":
+        reason, cure = details[0].get("ctx", {})["reason"], details[0].get("ctx", {})["cure"]
     else:
-        reason, cure = "; ".join(detail["msg"] for detail in details), ""
+        reason = "; ".join(detail["msg"].removeprefix("Value error, ") for detail in details)
+        cure = _other_home(path, details[0])
     return UserError(f"{dotted(path)}: {reason}", where=written.place(path), cure=cure)
 
 
@@ -140,6 +148,22 @@ def _unknown_key(path: KeyPath, data: Any) -> str:
     if 0 < len(homes) <= 3:
         return f"it belongs to another block: `{'` or `'.join(homes)}`"
     return f"known here: {', '.join(own)}"
+
+
+def _other_home(path: KeyPath, detail: ErrorDetails) -> str:
+    """Of a loss that this workflow does not have: the workflows that do."""
+    kind, field = detail.get("ctx", {}).get("unknown"), Recipe.model_fields["workflow"]
+    if kind is None or path[0] != "workflow":
+        return ""
+    ((choice, base),) = parts(field.annotation, field.metadata)
+    assert choice is not None
+    fields = {name: choice.find(base, name).model_fields.get(str(path[-1])) for name in choice.types()}
+    homes = [name for name, found in fields.items() if found is not None and _can_hold(found, kind)]
+    return f"it belongs to `workflow: {{type: {' or '.join(homes)}}}`" if homes else ""
+
+
+def _can_hold(field: FieldInfo, kind: str) -> bool:
+    return any(choice is not None and kind in choice.types() for choice, _ in parts(field.annotation, field.metadata))
 
 
 def _first_sentence(field: FieldInfo) -> str:

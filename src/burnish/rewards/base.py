@@ -62,7 +62,7 @@ def term_names(rewards: Sequence[Reward]) -> list[str]:
     names = [reward.name for reward in rewards]
     for name in names:
         if name is not None and names.count(name) > 1:
-            raise UserError(f"two are called '{name}'", where="rewards", cure="give each a `name` of its own")
+            raise UserError(f"two are called '{name}'", where="workflow.rewards", cure="give each a `name` of its own")
     taken = {name for name in names if name is not None}
     for index, reward in enumerate(rewards):
         if names[index] is None:

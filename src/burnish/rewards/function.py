@@ -65,7 +65,7 @@ class Function(Reward):
             raise self._refused(f"`{positional[0]}` can only be given by position", "remove the `/` from its signature")
         if inspect.Parameter.VAR_KEYWORD in kinds.values():
             kinds |= dict.fromkeys(self.arguments) | {"completions": None}
-        if "completions" not in kinds:
+        if not kinds.keys() & {"completions", "completion_ids"}:
             raise self._refused(
                 f"it takes ({', '.join(kinds)}), and nothing of what was answered",
                 "write it as `def my_reward(prompts, completions, **columns) -> list[float]`",

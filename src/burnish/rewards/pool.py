@@ -262,7 +262,9 @@ class RewardPool:
     def _bad_start(self, why: str) -> None:
         self._bad_starts += 1
         if not self._is_open:
-            raise UserError(why, where="rewards", cure="try it with `python -c`, in this folder and environment")
+            raise UserError(
+                why, where="workflow.rewards", cure="try it with `python -c`, in this folder and environment"
+            )
         if self._bad_starts >= _MAX_BAD_STARTS:
             raise RunFailed(f"reward processes cannot be started any more: {why}")
 

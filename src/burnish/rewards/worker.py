@@ -75,7 +75,14 @@ class _Parts:
 
     def __init__(self, rewards: Sequence[Reward], environment: Environment) -> None:
         self._environment = environment
-        self._rewards: list[tuple[Reward, LiveReward]] = [(reward, reward.open()) for reward in rewards]
+        self._rewards: list[tuple[Reward, LiveReward]] = []
+        for index, reward in enumerate(rewards):
+            try:
+                self._rewards.append((reward, reward.open()))
+            except UserError as error:
+                error.reason = f"{error.where}: {error.reason}" if error.where else error.reason
+                error.where = f"workflow.rewards.{index}"
+                raise
 
     def answer(self, kind: str, *arguments: Any) -> dict[str, Any]:
         """What `score`, `reset` or `step` says, as JSON knows it."""

@@ -221,8 +221,8 @@ class Collector:
 
     def _sampled(self, completion: Completion) -> None:
         found = self._episode(completion.request_id)
-        if found is None:
-            return
+        if found is None or completion.request_id != found[1].request_id:
+            return  # its group was given up, or a worker taken for dead has said the turn a second time
         group, episode = found
         episode.sampled(completion)
         goes_on = self.interactive and group.kind != "probe" and completion.finish_reason == "stop"

@@ -155,6 +155,11 @@ class Engine(Component):
         """Whether it runs the policy's own modules, so that only rounding may differ."""
         return False
 
+    @property
+    def needs_own_process(self) -> bool:
+        """Whether it cannot be opened in the training process."""
+        return False
+
     def computes_in(self, dtype: str) -> str:
         """The dtype of its weights, where the policy's is `dtype`."""
         return dtype

@@ -57,11 +57,16 @@ class Episode:
         """Of the policy."""
         return (len(self.turns) + 1) // 2
 
+    @property
+    def request_id(self) -> str:
+        """Of its next turn."""
+        return f"{self.name}.{self.num_turns}"
+
     def request(self) -> Request:
         """Its next turn."""
         most = min(self.params.max_new_tokens, self.room)
         return Request(
-            request_id=f"{self.name}.{self.num_turns}",
+            request_id=self.request_id,
             prompt_ids=self.prompt.token_ids + self.token_ids,
             seed=seed_of(self.seed, self.num_turns),
             params=self.params.model_copy(update={"max_new_tokens": most}),

@@ -1,7 +1,7 @@
 """vLLM's engine, driven step by step.
 
-It has continuous batching and shared prefixes. A new version reaches what is in flight: its prefixes are computed again,
-so each token has the log-probability that the new weights give it. It must not know recipes.
+It has continuous batching and shared prefixes. A new version reaches what is in flight: its prefixes are computed
+again, so each token has the log-probability that the new weights give it. It must not know recipes.
 """
 
 # pyright: reportMissingImports=false

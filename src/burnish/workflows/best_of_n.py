@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import model_validator
 
+from burnish.component import unfit
 from burnish.workflows.on_policy import OnPolicy
 
 if TYPE_CHECKING:
@@ -35,9 +36,9 @@ class BestOfN(OnPolicy):
     @model_validator(mode="after")
     def _sensible(self) -> Self:
         if self.rollout.group_size == 1:
-            raise ValueError("the best of one answer is that answer: raise `rollout.group_size`")
+            raise unfit("the best of one answer is that answer", "raise it", "rollout", "group_size")
         if not self.rewards and not self.rollout.environment.is_interactive:
-            raise ValueError("nothing says which answer is best: add `rewards: [{type: ...}]`")
+            raise unfit("nothing says which answer is best", "add `rewards: [{type: ...}]`", "rewards")
         return self
 
     def run(self, run: Run) -> None:

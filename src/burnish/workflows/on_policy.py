@@ -45,6 +45,11 @@ class OnPolicy(Workflow):
         from."""
         return False
 
+    @property
+    def compares_draws(self) -> bool:
+        """Whether one answer to a prompt is measured by another, so that they must not be the same."""
+        return True
+
     def stream(self, run: Run) -> RolloutStream:
         """The run's rollouts, which its launch has opened for an on-policy workflow."""
         from burnish.workflows.rollout_stream import RolloutStream

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import model_validator
 
-from burnish.component import OneOf
+from burnish.component import OneOf, unfit
 from burnish.losses.base import Loss
 from burnish.losses.kd import KD
 from burnish.policy.second import Teacher
@@ -38,10 +38,15 @@ class OnPolicyDistill(OnPolicy):
     def _answered(self) -> Self:
         asked = self.loss.asks | self.loss.needs & {"full_kl"}
         if self.teacher.cache is not None:
-            raise ValueError("a cache holds what a teacher said of the data, and what a student will say is not there")
+            reason = "it holds what a teacher said of the data, and what a student will say is not there"
+            raise unfit(reason, "name the teacher by its `path`", "teacher", "cache")
         if not asked or asked - self.teacher.provides():
-            raise ValueError(f"the loss {self.loss.type} is not one that a teacher answers: use `loss: {{type: kd}}`")
+            raise unfit(f"the loss {self.loss.type} is not one that a teacher answers", "`{type: kd}`", "loss")
         return self
+
+    @property
+    def compares_draws(self) -> bool:
+        return False
 
     def losses(self) -> list[Loss]:
         return [self.loss]

@@ -11,6 +11,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from burnish.component import unfit
 from burnish.rollouts import SamplingParams
 
 _CLIPPED: dict[str, Any] = {"type": "ppo_clip", "clip_low": 0.2, "clip_high": 0.2}
@@ -97,8 +98,8 @@ def expand(preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """
     if preset not in PRESETS:
         near = difflib.get_close_matches(preset, PRESETS, n=1)
-        hint = f", did you mean '{near[0]}'?" if near else ""
-        raise ValueError(f"no preset '{preset}'{hint}; one of: {', '.join(PRESETS)}")
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise unfit(f"no preset '{preset}'", f"{hint}one of: {', '.join(PRESETS)}", "preset")
     merged = _over(PRESETS[preset], given)
     loss = merged["loss"]
     if isinstance(loss, dict) and loss.get("aggregation") == "constant" and "constant_length" not in loss:

@@ -9,9 +9,10 @@ from annotated_types import Ge, Gt
 from pydantic import model_validator
 
 from burnish.advantages.base import Advantage
-from burnish.component import Config, OneOf
+from burnish.component import Config, OneOf, unfit
 from burnish.losses.rl.base import PolicyLoss
 from burnish.losses.rl.kl import Estimator, kl_estimate
+from burnish.losses.rl.ppo import explained_variance
 from burnish.policy.second import Reference
 from burnish.workflows.on_policy import OnPolicy
 from burnish.workflows.presets import expand
@@ -72,26 +73,30 @@ class RL(OnPolicy):
     @classmethod
     def _expanded(cls, given: Any) -> Any:
         preset = given.get("preset") if isinstance(given, dict) else None
-        return given if preset is None else expand(preset, given)
+        return expand(preset, given) if isinstance(preset, str) else given  # anything else the schema refuses
 
     @model_validator(mode="after")
     def _sensible(self) -> Self:
         if not self.asks_reference and self.reference != Reference():
-            raise ValueError("nothing is compared with the reference: add `loss.kl_coef` or `kl_penalty`, or remove it")
+            cure = "add `loss.kl_coef` or `kl_penalty`, or remove it"
+            raise unfit("nothing is compared with the reference", cure, "reference")
         if self.advantage.needs_values != ("scores" in self.loss.needs):
-            raise ValueError(
-                "`advantage: {type: gae}` is made of what a value head says, and `loss: {type: ppo}` trains the head: "
-                "use both, `preset: ppo`, or neither"
+            reason = (
+                "`advantage: {type: gae}` is made of what a value head says, and `loss: {type: ppo}` trains the head"
             )
+            raise unfit(reason, "use both, as `preset: ppo` does, or neither", "advantage")
         if self.advantage.needs_group and self.rollout.group_size == 1:
-            raise ValueError(
+            reason = (
                 f"`advantage: {{type: {self.advantage.type}}}` compares the rollouts of a prompt, and with one of each "
-                f"nothing is ever better: raise `rollout.group_size`, or use `advantage: {{type: reinforce_pp}}`"
+                "nothing is ever better"
             )
+            cure = "raise it, or use `advantage: {type: reinforce_pp, baseline: none}`"
+            raise unfit(reason, cure, "rollout", "group_size")
         if not self.rewards and not self.rollout.environment.is_interactive:
-            raise ValueError("nothing says what a completion is worth: add `rewards: [{type: ...}]`")
+            raise unfit("nothing says what a completion is worth", "add `rewards: [{type: ...}]`", "rewards")
         if self.reference.precompute:
-            raise ValueError("`reference.precompute` asks about the rows of the data, and what is trained is not there")
+            reason = "it asks about the rows of the data, and what is trained is not there"
+            raise unfit(reason, "remove it", "reference", "precompute")
         return self
 
     @property
@@ -140,7 +145,9 @@ class RL(OnPolicy):
         if self.asks_reference:
             batch.annotate(policy, "ref_logprobs")
         if self.kl_penalty is not None:
-            penalties = self.kl_penalty.coef * self.divergence(batch)
+            divergence = self.divergence(batch)
+            penalties = self.kl_penalty.coef * divergence
+            run.note({"reference_kl": float(divergence.mean()) if batch.num_tokens else 0.0})
         if self.advantage.needs_values:
             columns = policy.read(batch.blocks, loss, loss.values)
             batch.write_rows("old_values", columns)
@@ -171,4 +178,6 @@ class RL(OnPolicy):
             update = run.policy.optim_step(learning_rate, run.judge)
             if update.skipped:
                 break
+        if "returns_squared" in sums:
+            sums["explained_variance"] = explained_variance(sums), 1.0
         return sums, update

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 from burnish.errors import SyncFailed
 from burnish.rollout.alignment import Alignment, Mismatch, judge, measure
+from burnish.rollouts import SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from burnish.rollouts import SamplingParams
     from burnish.workflows.rollout_rows import Batch
     from burnish.workflows.rollout_stream import RolloutStream
 
@@ -50,7 +50,12 @@ class Probe:
         self._syncs = 0 if first else self._syncs + 1
         if self._syncs % self.config.every:
             return
-        params = self.sampling.model_copy(update={"max_new_tokens": self.config.num_tokens, "stop": []})
+        # Uncut, as the policy's own probabilities are.
+        params = SamplingParams(
+            temperature=self.sampling.policy_temperature,
+            max_new_tokens=self.config.num_tokens,
+            stop_token_ids=self.sampling.stop_token_ids,
+        )
         groups = stream.sample(stream.probe_prompts(self.config.num_prompts), params, 1, "probe")
         batch = stream.packed(groups)
         if not batch.num_tokens:

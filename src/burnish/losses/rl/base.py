@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 from annotated_types import Ge, Gt
 from pydantic import model_validator
 
-from burnish.component import OneOf
+from burnish.component import OneOf, unfit
 from burnish.corrections.base import Correction
 from burnish.losses.base import Loss
 from burnish.losses.reduce import by_document, to_tokens
@@ -98,22 +98,19 @@ class PolicyLoss(Loss):
     @model_validator(mode="after")
     def _sensible(self) -> Self:
         if (self.constant_length is None) == (self.aggregation == "constant"):
-            raise ValueError(
-                "`constant_length` is what `aggregation: constant` divides by: give both, usually with "
-                "rollout.sampling.max_new_tokens, or neither"
-            )
+            cure = "give both, usually with rollout.sampling.max_new_tokens, or neither"
+            raise unfit("it is what `aggregation: constant` divides by", cure, "constant_length")
         if self.correction is not None and self.old_logprobs == "rollout":
-            raise ValueError(
-                "`correction` weighs the old policy against the rollout's, and with `old_logprobs: rollout` they are "
-                "one and the same: remove one of the two"
+            reason = (
+                "it weighs the old policy against the rollout's, and with `old_logprobs: rollout` they are one and the "
+                "same"
             )
+            raise unfit(reason, "remove one of the two", "correction")
         if self.kl_coef and self.kl_estimator == "k1" and not self.kl_unbiased:
-            raise ValueError(
-                "the gradient of k1 averages to zero, so it would hold nothing: use k2 or k3, or `kl_unbiased: true`, "
-                "or take k1 off the reward by `workflow.kl_penalty`"
-            )
+            cure = "k2 or k3, or `kl_unbiased: true`; or take k1 off the reward by `workflow.kl_penalty`"
+            raise unfit("the gradient of k1 averages to zero, so it would hold nothing", cure, "kl_estimator")
         if self.kl_unbiased and self.kl_estimator == "k2":
-            raise ValueError("k2 is biased, with the ratio or without: use `kl_unbiased` with k1 or k3")
+            raise unfit("k2 is biased, with the ratio or without", "k1 or k3 with `kl_unbiased`", "kl_estimator")
         return self
 
     @property

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from annotated_types import Ge, Gt
 from pydantic import model_validator
 
+from burnish.component import unfit
 from burnish.losses.rl.base import PolicyLoss, Sampled, Term
 
 if TYPE_CHECKING:
@@ -29,15 +30,12 @@ class CISPO(PolicyLoss):
     @model_validator(mode="after")
     def _around_one(self) -> Self:
         if self.max_ratio <= 1:
-            raise ValueError(
-                f"`max_ratio: {self.max_ratio:g}` would shrink tokens whose probability has not moved: it is the "
-                f"largest ratio itself, so an eps_high of {self.max_ratio:g} is `max_ratio: {1 + self.max_ratio:g}`"
-            )
+            reason = f"{self.max_ratio:g} would shrink tokens whose probability has not moved"
+            cure = f"it is the largest ratio itself: an eps_high of {self.max_ratio:g} is {1 + self.max_ratio:g} here"
+            raise unfit(reason, cure, "max_ratio")
         if self.min_ratio >= 1:
-            raise ValueError(
-                f"`min_ratio: {self.min_ratio:g}` would raise tokens whose probability has not moved: it is the "
-                "smallest ratio itself, so an eps_low of 0.2 is `min_ratio: 0.8`"
-            )
+            reason = f"{self.min_ratio:g} would raise tokens whose probability has not moved"
+            raise unfit(reason, "it is the smallest ratio itself: an eps_low of 0.2 is 0.8 here", "min_ratio")
         return self
 
     def surrogate(self, sampled: Sampled, block: Block) -> Term:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from annotated_types import Gt, Interval
 from pydantic import model_validator
 
+from burnish.component import unfit
 from burnish.losses.reduce import by_document, to_tokens
 from burnish.losses.rl.base import Sampled
 from burnish.losses.rl.clipping import ClippedLoss
@@ -38,10 +39,8 @@ class GSPO(ClippedLoss):
     @model_validator(mode="after")
     def _by_sequence(self) -> Self:
         if self.aggregation != "sequence":
-            raise ValueError(
-                f"GSPO has one ratio a rollout, and `aggregation: {self.aggregation}` would weigh it by the rollout's "
-                "length: leave it at `sequence`, or use the loss ppo_clip"
-            )
+            reason = f"GSPO has one ratio a rollout, and `{self.aggregation}` would weigh it by the rollout's length"
+            raise unfit(reason, "leave it at `sequence`, or use the loss ppo_clip", "aggregation")
         return self
 
     def log_ratio(self, sampled: Sampled, block: Block) -> Tensor:

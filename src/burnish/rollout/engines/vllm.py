@@ -100,6 +100,10 @@ class VLLM(Engine):
         if setup.model.head.type != "lm":
             yield "vLLM samples from a language model's own head"
 
+    @property
+    def needs_own_process(self) -> bool:
+        return True
+
     def computes_in(self, dtype: str) -> str:
         return dtype if self.dtype == "auto" else self.dtype
 

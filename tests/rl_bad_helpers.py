@@ -65,9 +65,10 @@ class Unopened(Engine):
 
 
 class Breaking(Fake):
-    """Ends at its first step."""
+    """Ends at a step under the weights of a version."""
 
     type: str = "tests.rl_bad_helpers:Breaking"
+    at_version: int = 0
 
     def open(self, setup: EngineSetup, model: Any = None) -> LiveEngine:
         return BreakingLive(self, setup)
@@ -75,7 +76,10 @@ class Breaking(Fake):
 
 class BreakingLive(FakeEngine):
     def step(self) -> list[Completion]:
-        raise OSError("the card fell off the bus")
+        assert isinstance(self._script, Breaking)
+        if self.num_unfinished and self.version >= self._script.at_version:
+            raise OSError("the card fell off the bus")
+        return super().step()
 
 
 class Mute(Fake):

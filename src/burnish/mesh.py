@@ -127,8 +127,18 @@ class Mesh:
         return [part.view(tensor.dtype).reshape(tensor.shape) for part in parts[:: self.peers]]
 
     def from_first(self, item: T) -> T:
-        """Rank 0's `item` (JSON), on every rank."""
-        return self.gather(item if self.rank == 0 else None)[0]  # pyright: ignore[reportReturnType]
+        """Rank 0's `item` (JSON), on every rank. It is sent once: rollouts of a step are tens of megabytes."""
+        self.alive()
+        if self.world_size == 1:
+            return item
+        said = json.dumps(item).encode() if self.rank == 0 else b""
+        size = torch.tensor([len(said)])
+        dist.broadcast(size, 0, group=self.host_group)
+        data = (
+            torch.frombuffer(bytearray(said), dtype=torch.uint8) if said else torch.empty(int(size), dtype=torch.uint8)
+        )
+        dist.broadcast(data, 0, group=self.host_group)
+        return item if self.rank == 0 else json.loads(bytes(data.numpy()))
 
     def barrier(self) -> None:
         """Returns once every rank has come here."""

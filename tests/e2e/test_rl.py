@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -99,10 +100,45 @@ def test_groups_that_teach_nothing_are_replaced(lab: Lab):
     assert column(run_dir, "uniform_groups") == [0.0] * 6
 
 
-def test_an_epoch_of_prompts_ends(lab: Lab):
+def test_an_epoch_of_prompts_ends_with_its_schedule_and_an_evaluation(lab: Lab):
+    recipe = changes(lab) | {"num_steps": None, "num_epochs": 1, "global_batch_size": 20}
+    recipe["data"] = recipe["data"] | {"eval": recipe["data"]["train"]}
+    recipe["schedule"] = {"type": "linear"}
+    run_dir = lab.train("whole-epoch", **recipe)
+    assert len(column(run_dir, "eval_reward")) == 2  # before the first step and after the second, which is the last
+    assert column(run_dir, "learning_rate") == [pytest.approx(3e-3), pytest.approx(1.5e-3)]
+
+
+def test_the_last_step_of_an_epoch_has_what_is_left(lab: Lab):
     run_dir = lab.train("epoch", **changes(lab) | {"num_steps": None, "num_epochs": 1, "global_batch_size": 16})
     assert rl_helpers.trained(run_dir) == dict.fromkeys(range(40), 1)
     assert [len(column(run_dir, "reward")), column(run_dir, "learning_rate")[-1] > 0] == [3, True]
+
+
+def test_a_signal_does_not_wait_for_an_evaluation(lab: Lab):
+    recipe = changes(lab, eval_group_size=16, eval_sampling={"max_new_tokens": 32})
+    recipe["data"] = recipe["data"] | {"eval": recipe["data"]["train"] * 4}
+    path, run_dir = lab.recipe("asked", **recipe), lab.folder / "asked"
+    trial = lab.zygote.start(["train", str(path)], lab.folder / "asked.log")
+    wait_until(lambda: (run_dir / "events.jsonl").exists() and bool(events(run_dir, "begun")), 60.0)
+    trial.kill(signal.SIGTERM)
+    assert trial.wait() == 75, trial.output()
+    assert not (run_dir / "metrics.jsonl").read_text()
+
+
+def test_a_bad_prompt_is_refused_when_it_is_reached_and_what_was_learned_is_kept(lab: Lab):
+    rows = [{"prompt": rl_helpers.PROMPTS[i % 4]} for i in range(40)]
+    rows[21] = {"prompt": "turn around: " + "stone " * 80}
+    bad = tiny_run.write_jsonl(lab.folder / "bad.jsonl", rows)
+    recipe = changes(lab) | {"checkpoint": {"save_every": 100}, "num_steps": 8}
+    recipe["data"] = recipe["data"] | {"train": [{"type": "jsonl", "path": str(bad)}], "shuffle": False}
+    code, output = lab.burnish("train", lab.recipe("bad", **recipe))
+    assert code == 2 and "bad.jsonl:22" in output and "data.max_length" in output
+    assert (lab.folder / "bad" / "checkpoint-5").is_dir()  # prompts 0 to 19
+    rows[21] = {"prompt": rl_helpers.PROMPTS[1]}
+    tiny_run.write_jsonl(bad, rows)
+    lab.resume("bad")
+    assert rl_helpers.trained(lab.folder / "bad") == dict.fromkeys(range(32), 1)
 
 
 @pytest.mark.parametrize("preset", ["dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp"])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from burnish.environments.base import Observation
-from burnish.errors import RunFailed
+from burnish.errors import DataError, RunFailed
 from burnish.rewards.pool import CallFailed, Draft, Score
 from burnish.rollout.collector import Collector
 from burnish.rollout.config import RolloutConfig
@@ -28,11 +28,13 @@ class ScriptedFleet:
         self.say, self.version, self.holds = say, 0, False
         self.asked: list[Request] = []
         self.all: list[str] = []
+        self.hurried: list[str] = []
         self.finished: list[Completion] = []
 
-    def submit(self, requests: Sequence[Request]) -> None:
+    def submit(self, requests: Sequence[Request], *, first: bool = False) -> None:
         self.asked += requests
         self.all += [request.request_id for request in requests]
+        self.hurried += [request.request_id for request in requests if first]
         if not self.holds:
             self.answer(*[request.request_id for request in requests])
 
@@ -143,6 +145,15 @@ def collected(made: Collector, most: int = 100) -> list[RolloutGroup]:
     """The next step's groups."""
     for _ in range(most):
         if (groups := made.take()) is not None:
+            return groups
+        made.pump(0.0)
+    raise AssertionError(made.waits_for())
+
+
+def sampled(made: Collector, names: list[str]) -> list[RolloutGroup]:
+    """Groups that were begun beside those that are trained."""
+    for _ in range(100):
+        if (groups := made.finished(names)) is not None:
             return groups
         made.pump(0.0)
     raise AssertionError(made.waits_for())
@@ -349,8 +360,33 @@ def test_dropped_prompts_are_counted_and_others_asked_in_their_place():
 
 def test_groups_that_teach_nothing_end_the_run_at_last():
     made = collector(ScriptedFleet(), drop_uniform=True, max_draws=3)
-    with pytest.raises(RunFailed, match="7 prompts were asked for a step of 2.*so far: 6 uniform\n  cure: "):
+    with pytest.raises(RunFailed, match=r"9 prompts were asked for a step of 2.*so far: 8 uniform\n  cure: "):
         collected(made)
+
+
+def test_a_prompt_that_cannot_be_asked_ends_the_run_when_it_is_reached():
+    def third_is_bad(index: int) -> Prompt | str | None:
+        if index == 3:
+            raise DataError("the prompt has 90 tokens", where="rows.jsonl:3")
+        return prompt_at(index)
+
+    made = collector(ScriptedFleet(), prompt_at=third_is_bad, max_policy_lag=1)
+    assert indices(collected(made)) == [0, 1]
+    made.published(1)
+    with pytest.raises(DataError, match="rows.jsonl:3: the prompt has 90 tokens"):
+        collected(made)
+    assert json.loads(json.dumps(made.state()))["frontier"] == 2
+
+
+def test_what_nobody_waits_for_any_more_is_passed_over():
+    fleet = ScriptedFleet(number)
+    made = collector(fleet)
+    fleet.holds = True
+    names = made.begin([Prompt(0, "eval.jsonl:0", [1, 50], "?", {})], SamplingParams(max_new_tokens=4), 2, "eval")
+    made.pump(0.0)
+    made.forget(names)
+    fleet.answer(*list(fleet.all))
+    assert indices(collected(made)) == [0, 1] and made.finished(names) is None
 
 
 def test_evaluation_goes_on_beside_training_and_trains_nothing():
@@ -361,10 +397,11 @@ def test_evaluation_goes_on_beside_training_and_trains_nothing():
     waiting = list(fleet.all)
     fleet.holds = False
     held_out = [Prompt(0, "eval.jsonl:0", [1, 50], "?", {})]
-    (group,) = made.sample(held_out, SamplingParams(temperature=0.0, max_new_tokens=1), 2, "eval")
+    names = made.begin(held_out, SamplingParams(temperature=0.0, max_new_tokens=1, stop=["."]), 2, "eval")
+    (group,) = sampled(made, names)
     assert [rollout.token_ids for rollout in group.rollouts] == [[1, 50, 10], [1, 50, 11]]
     assert (group.rollouts[1].reward, group.rollouts[1].finish_reason) == (11.0, "length")
-    assert fleet.all == [*waiting, "eval-0.0.0", "eval-0.1.0"]
+    assert fleet.all == [*waiting, "eval-0.0.0", "eval-0.1.0"] and fleet.hurried == fleet.all[4:]
     assert made.buffer.counts == {} and made.take() is None
     fleet.answer(*waiting)
     assert indices(collected(made)) == [0, 1]
@@ -377,7 +414,7 @@ def test_a_probe_is_one_turn_that_nobody_judges():
     probes = made.probe_prompts(2)
     assert [prompt.index for prompt in probes] == [0, 3]
     fleet.holds = False
-    groups = made.sample(probes, SamplingParams(max_new_tokens=4), 1, "probe")
+    groups = sampled(made, made.begin(probes, SamplingParams(max_new_tokens=4), 1, "probe"))
     assert [group.rollouts[0].token_ids[2:] for group in groups] == [[10, STOP]] * 2
     assert not any("probe" in key for key in judges.scored) and groups[0].rollouts[0].terms == {}
 

@@ -107,8 +107,11 @@ def test_minibatches_split_the_prompts_and_truncated_rollouts_may_be_left_out():
     layout = Layout(8, share_prompts=True, one_a_row=False)
     batch = Batch(GROUPS, layout, Share(), version=3, num_minibatches=2)
     assert [sampled(blocks) for blocks in batch.minibatches] == [[[11, 12, 13]], [[21, 22, 23]]]
-    batch = Batch(GROUPS, layout, Share(), version=3, num_minibatches=2, train_truncated=False)
+    assert [batch.num_trained(number) for number in range(2)] == [3, 3]
+    batch.leave_out_truncated()
     assert [sampled(blocks) for blocks in batch.minibatches] == [[[11, 12, 13]], [[]]]
+    assert [batch.num_trained(number) for number in range(2)] == [3, 0]
+    assert batch.read_column("rollout_logprobs")[3:].tolist() == pytest.approx([-2.1, -2.2, -2.3])  # known all the same
     assert batch.scored().rewards.tolist() == [0.0, 1.0, 0.0, 1.0]
     assert batch.scored().lengths.tolist() == [2, 1, 3, 0]
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from burnish.data.config import DataConfig
     from burnish.data.lane import Accept
     from burnish.data.renderers.base import LiveRenderer
+    from burnish.mesh import Mesh
     from burnish.types import Block
 
 
@@ -128,9 +129,9 @@ class Stream:
             "ledger": self._ledger.state(),
         }
 
-    def merged(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """The state of the run from those of all its ranks, rank 0's first: any number of ranks can load it."""
-        return merge_states(states)
+    def together(self, mesh: Mesh, mine: dict[str, Any]) -> dict[str, Any]:
+        """The state of the run from those of all its ranks: any number of ranks can load it."""
+        return merge_states(mesh.gather(mine)[:: mesh.peers])
 
     def load(self, state: dict[str, Any]) -> None:
         """Goes on behind what `state` had consumed; what was made ahead is thrown away.

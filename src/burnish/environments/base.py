@@ -1,7 +1,7 @@
 """What an environment is: what answers the policy between its turns, and may reward it.
 
-Its two functions carry all state in what they return, JSON. So they run in a killable process with a deadline, are asked
-again where that process died, and a conversation in flight needs nothing but its state.
+Its two functions carry all state in what they return, JSON. So they run in a killable process with a deadline, are
+asked again where that process died, and a conversation in flight needs nothing but its state.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,18 +29,21 @@ class JsonLines:
         size = os.fstat(self._file).st_size
         torn = size > 0 and os.pread(self._file, 1, size - 1) != b"\n"
         self._pending = b"\n" if torn else b""
+        self._lock = threading.Lock()  # threads beside training have events of their own
 
     def append(self, record: Mapping[str, Any], *, durable: bool = False) -> bool:
         """Whether the line is in the file now; with `durable`, on the disk."""
-        self._pending += to_json(record).encode() + b"\n"
-        try:
-            while self._pending:
-                self._pending = self._pending[os.write(self._file, self._pending) :]
-            if durable:
-                os.fsync(self._file)
-        except OSError:
-            return False
-        return True
+        line = to_json(record).encode() + b"\n"
+        with self._lock:
+            self._pending += line
+            try:
+                while self._pending:
+                    self._pending = self._pending[os.write(self._file, self._pending) :]
+                if durable:
+                    os.fsync(self._file)
+            except OSError:
+                return False
+            return True
 
     def close(self) -> None:
         os.close(self._file)

@@ -187,7 +187,9 @@ class _Rank:
         policy = open_policy(recipe, mesh, around)
         if prompts is not None:
             with refused_together(mesh):
-                stream = open_rollouts(recipe, policy, prompts, texts, student, judges, self.stack, self.journal.event)
+                stream = open_rollouts(
+                    recipe, policy, prompts, texts, student, judges, self.stack, self.journal.event, self.stop_requested
+                )
         assert stream is not None
         checkpointer = Checkpointer(self.place, keep=recipe.checkpoint.keep, mesh=mesh)
         checkpointer.overlap(policy.optimizer)
@@ -258,6 +260,7 @@ class _Rank:
         if not isinstance(self.journal, FolderJournal) or self.folder is None:
             return
         self.journal.metrics.cut(step)
+        self.folder.cut_rollouts(step)
         for tracker in self.recipe.track:
             self.journal.trackers.append(tracker.open(self.folder.path, step, self.recipe.resolved()))
             self.stack.callback(self.journal.trackers[-1].close)

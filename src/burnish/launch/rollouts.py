@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from burnish.errors import UserError
 from burnish.workflows.on_policy import OnPolicy
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ def open_rollouts(
     judges: RewardPool | None,
     stack: ExitStack,
     event: Callable[..., None],
+    stop_requested: Callable[[], str | None],
 ) -> RolloutStream:
     """The stream of the run's rollouts; engines are ended with `stack`.
 
@@ -113,6 +115,12 @@ def open_rollouts(
     workflow = on_policy(recipe)
     assert workflow is not None
     rollout = workflow.rollout
+    if policy.mesh.world_size > 1 and not rollout.workers.beside:
+        raise UserError(
+            "the policy is cut over several ranks, and none of them alone can sample from it",
+            where="workflow.rollout.workers",
+            cure="`{type: processes, num_workers: 1}` or `{type: ray, num_workers: 1}`",
+        )
     policy.set_temperature(rollout.sampling.policy_temperature)
     policy.drop_nothing()
     collector = None
@@ -144,7 +152,7 @@ def open_rollouts(
         and adapter_alone(policy.model)
         and rollout.engine.takes_adapter(engine_setup(recipe, texts, student)),
         folder=folder,
-        evaluation=prompts.evaluation,
+        stop_requested=stop_requested,
     )
     stack.callback(stream.close)
     return stream
@@ -184,6 +192,7 @@ def _collector(
         judges=judges,
         dialogue=dialogue_of(recipe, texts),
         prompt_at=prompt_at(prompts),
+        held_out=prompts.evaluation,
         per_step=recipe.global_batch_size,
         max_length=recipe.data.max_length,
         seed=recipe.seed,

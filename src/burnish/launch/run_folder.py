@@ -98,6 +98,13 @@ class RunFolder:
                 if other.name != f"step-{step:06d}.jsonl":
                     other.unlink()
 
+    def cut_rollouts(self, step: int) -> None:
+        """Removes what steps after this one have left of rollouts and selected rows: they are done again."""
+        for folder in ("rollouts", "selected"):
+            for path in (self.path / folder).glob("step-*.jsonl"):
+                if int(path.stem.removeprefix("step-")) > step:
+                    path.unlink()
+
     def write_selected(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Writes `selected/step-000012.jsonl`; on the disk when this returns. Raises OSError."""
         folder = self.path / "selected"

@@ -148,7 +148,7 @@ class Frozen:
         model, (weight, bias) = self.model, self._head()
         shard = model.vocabulary_shard
         here = shard.num_tokens(model.vocab_size, weight)
-        head = Head(here, model.softcap, model.logit_scale, 1.0, model.projection_chunk, shard)
+        head = Head(here, model.softcap, model.logit_scale, model.temperature, model.projection_chunk, shard)
         ids_nK = torch.zeros(len(hidden_nH), self.top_k, dtype=torch.int64, device=hidden_nH.device)
         logprobs_nK = torch.zeros_like(ids_nK, dtype=torch.float32)
         memory = head.buffer(hidden_nH, 1)[0]

@@ -337,6 +337,7 @@ def logprobs(
         batch = collate(rows).to(mesh.device)
         reads = batch.loss_mask if trained_only else previous_token(batch) >= 0
         outputs = model(batch, needs=frozenset({"logprobs"}), reads=reads)
+        mesh.alive()
         parts = outputs.logprobs.split([row.num_tokens for row in rows])
         result += [part.to(row.token_ids.device) for part, row in zip(parts, rows, strict=True)]
     return result

@@ -244,6 +244,14 @@ def on_policy(recipe: Recipe) -> Iterator[Misfit]:
     if rollout.drop_uniform and rollout.group_size == 1:
         reason = "the rewards of a group of one are always equal, so every prompt would be left out"
         yield Misfit((*path, "drop_uniform"), reason, "set it to false, or raise group_size")
+    if rollout.oversample > 1 and not rollout.drop_uniform:
+        reason = "no group is ever left out, so more prompts than a step takes are never needed"
+        yield Misfit((*path, "oversample"), reason, "remove it, or set drop_uniform to true")
+    if recipe.data.over_length == "truncate":
+        cure = "`drop` leaves long prompts out, `refuse` stops at the first"
+        yield Misfit(("data", "over_length"), "a prompt that is cut asks something else", cure)
+    if workflow.eval_sampling is not None and not recipe.data.eval:
+        yield Misfit(("workflow", "eval_sampling"), "there is nothing to evaluate on", "add `data.eval`, or remove it")
     if rollout.on_stale == "drop" and rollout.max_policy_lag == 0:
         reason = "with a lag of 0 all that is sampled ahead of an update is too old after it"
         yield Misfit((*path, "on_stale"), reason, "set it to wait, or max_policy_lag to 1")

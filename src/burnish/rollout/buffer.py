@@ -112,6 +112,13 @@ class Buffer:
             index += 1
         return found
 
+    def missing(self) -> int:
+        """The first prompt that the next step waits for."""
+        index = self.frontier
+        while index in self._committed or index in self._left_out:
+            index += 1
+        return index
+
     def take(self) -> list[RolloutGroup] | None:
         """`ready`, consumed."""
         found = self.ready()

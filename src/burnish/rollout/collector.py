@@ -11,12 +11,12 @@ not know tensors, ranks, where engines run or how rewards are computed.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from burnish.environments.base import Observation
-from burnish.errors import RunFailed
+from burnish.errors import DataError, RunFailed
 from burnish.rewards.pool import CallFailed, Draft, Score
 from burnish.rollout.buffer import Buffer
 from burnish.rollout.episode import Episode, seed_of
@@ -72,6 +72,7 @@ class Collector:
 
     Args:
         prompt_at: the run's prompt at an index; the words of why it is left out; None behind the last.
+        held_out: the prompts of `data.eval`.
         per_step: groups of a step.
         max_length: tokens of a rollout, at most.
         seed: all draws are a function of it, the prompt's index and the rollout's number.
@@ -87,6 +88,7 @@ class Collector:
     seed: int
     interactive: bool
     max_turns: int = 1
+    held_out: Callable[[], Iterable[Prompt]] = tuple
     version: int = -1
     """Of the policy that was published last."""
     buffer: Buffer = field(init=False)
@@ -94,6 +96,8 @@ class Collector:
     _open: dict[str, _Open] = field(default_factory=dict)
     _done: dict[str, RolloutGroup] = field(default_factory=dict)
     """Groups that are no training data, by the name of their prompt."""
+    _refused: dict[int, DataError] = field(default_factory=dict)
+    """Why a prompt cannot be asked, by its index; none behind it is begun."""
     _heard: float = field(default_factory=time.monotonic)
     """When something last moved on."""
 
@@ -124,7 +128,7 @@ class Collector:
         for key, result in self.judges.poll(0.0 if moved or not waits_for_rewards else min(seconds, POLL_SECONDS)):
             self._judged(key, result)
             moved = True
-        stuck = not moved and not self._open and self.version >= 0 and self.buffer.ready() is None
+        stuck = not (moved or self._open or self._refused) and self.version >= 0 and self.buffer.ready() is None
         assert not stuck, "nothing is in flight, and nothing may be begun: what was taken last was not published"
         now = time.monotonic()
         if moved or not self._open:
@@ -139,8 +143,15 @@ class Collector:
         return [prompt for prompt in found if isinstance(prompt, Prompt)][:count]
 
     def take(self) -> list[RolloutGroup] | None:
-        """The groups of a step, consumed; fewer or none at the end of the run; None: they are not finished."""
-        return self.buffer.take()
+        """The groups of a step, consumed; fewer or none at the end of the run; None: they are not finished.
+
+        Raises:
+            DataError: the next prompt to be trained cannot be asked.
+        """
+        found = self.buffer.take()
+        if found is None and (refusal := self._refused.get(self.buffer.missing())) is not None:
+            raise refusal
+        return found
 
     def waits_for(self) -> str:
         """What the next step waits for, in words."""
@@ -153,14 +164,24 @@ class Collector:
             parts.append(f"the rewards of {len(judged)} ({_few(judged)})")
         return "waiting for " + " and ".join(parts or ["nothing"])
 
-    def sample(self, prompts: Sequence[Prompt], params: SamplingParams, size: int, kind: Kind) -> list[RolloutGroup]:
-        """Rollouts of prompts that are not trained, `size` of each; what is trained goes on beside them."""
+    def begin(self, prompts: Sequence[Prompt], params: SamplingParams, size: int, kind: Kind) -> list[str]:
+        """Begins rollouts that are not trained, `size` of each prompt, before all that wait; their names."""
         names = [f"{kind}-{prompt.index}" for prompt in prompts]
         for name, prompt in zip(names, prompts, strict=True):
             self._start(name, prompt, params, size, kind)
-        while any(name not in self._done for name in names):
-            self.pump(1.0)
+        return names
+
+    def finished(self, names: Sequence[str]) -> list[RolloutGroup] | None:
+        """The groups of these names, once all are there."""
+        if any(name not in self._done for name in names):
+            return None
         return [self._done.pop(name) for name in names]
+
+    def forget(self, names: Sequence[str]) -> None:
+        """Nobody waits for them any more; what comes of them is passed over."""
+        for name in names:
+            self._open.pop(name, None)
+            self._done.pop(name, None)
 
     def interrupt(self) -> None:
         """Gives up what is in flight, for later: the engines are about to be put to sleep."""
@@ -180,21 +201,26 @@ class Collector:
         self.judges.abort()
         self._open.clear()
         self._done.clear()
+        self._refused.clear()
         self.buffer.load(state)
 
     def _begin(self) -> bool:
         """Starts all prompts that there is room for; whether there was one."""
         began = False
-        while self.version >= 0 and (index := self.buffer.reserve()) is not None:
+        while self.version >= 0 and not self._refused and (index := self.buffer.reserve()) is not None:
             began = True
-            if self.buffer.drawn_since_take > self.config.max_draws * self.per_step:
+            if self.buffer.drawn_since_take > self.config.max_draws * self.per_step + self.buffer.ahead:
                 left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(self.buffer.counts.items()))
                 raise RunFailed(
                     f"{self.buffer.drawn_since_take} prompts were asked for a step of {self.per_step}, and groups are "
                     f"still missing; so far: {left_out}\n"
                     f"  cure: easier or harder prompts, a larger group_size, or workflow.rollout.drop_uniform: false"
                 )
-            prompt = self.prompt_at(index)
+            try:
+                prompt = self.prompt_at(index)
+            except DataError as error:  # raised when it is reached: what stands before it is trained first
+                self._refused[index] = error
+                break
             if prompt is None:
                 self.buffer.give_back(index)
             elif isinstance(prompt, str):
@@ -209,7 +235,7 @@ class Collector:
         ]
         self._open[name] = _Open(prompt, self.version, episodes, kind)
         if not self.interactive or kind == "probe":
-            self.fleet.submit([episode.request() for episode in episodes])
+            self.fleet.submit([episode.request() for episode in episodes], first=kind != "train")
             return
         for episode in episodes:
             self.judges.reset(f"reset/{episode.name}", prompt.columns, episode.seed)
@@ -224,6 +250,10 @@ class Collector:
         if found is None or completion.request_id != found[1].request_id:
             return  # its group was given up, or a worker taken for dead has said the turn a second time
         group, episode = found
+        params, is_cut = episode.params, completion.finish_reason == "length"
+        endless = not (self.dialogue.stop_token_ids or params.stop or params.stop_token_ids)
+        if is_cut and endless and len(completion.token_ids) == params.max_new_tokens:  # a list of ten items is whole
+            completion = replace(completion, finish_reason="stop")
         episode.sampled(completion)
         goes_on = self.interactive and group.kind != "probe" and completion.finish_reason == "stop"
         if goes_on:

@@ -26,11 +26,15 @@ Event = Callable[..., None]
 """`event(kind, **facts)`: something for the run's events."""
 
 
+def idle() -> None:
+    """Nobody waits for a sign of life."""
+
+
 class Fleet(Protocol):
     """One or more engines. Used by one thread at a time."""
 
-    def submit(self, requests: Sequence[Request]) -> None:
-        """Queues them. Ids are new, or were finished before."""
+    def submit(self, requests: Sequence[Request], *, first: bool = False) -> None:
+        """Queues them; `first`: before all that wait. Ids are new, or were finished before."""
         ...
 
     def poll(self, seconds: float) -> list[Completion]:
@@ -55,6 +59,7 @@ class Fleet(Protocol):
         folder: Path | None,
         *,
         adapter_only: bool = False,
+        alive: Callable[[], None] = idle,
     ) -> list[Receipt]:
         """Brings a version to every worker and returns what each holds, or raises; kept for workers that start later.
 
@@ -63,6 +68,7 @@ class Fleet(Protocol):
                 engine samples from the policy's own model.
             folder: configuration and tokenizer of the model, for engines that read Hugging Face folders.
             adapter_only: whether `tensors` are the adapter's alone.
+            alive: called again and again while workers are waited for.
 
         Raises:
             SyncFailed: a worker does not hold what was sent, or did not say so in time.
@@ -77,11 +83,11 @@ class Fleet(Protocol):
         """Requests that all workers run at once; more are queued."""
         ...
 
-    def sleep(self) -> None:
-        """Before an update of the policy on the same device; nothing is in flight."""
+    def sleep(self, alive: Callable[[], None] = idle) -> None:
+        """Before an update of the policy on the same device; nothing is in flight. `alive`: as in `publish`."""
         ...
 
-    def wake(self) -> None: ...
+    def wake(self, alive: Callable[[], None] = idle) -> None: ...
 
     def facts(self) -> dict[str, float]:
         """Sums of the engines' `facts`, and `restarts`, `resubmitted`, `workers`."""

@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from burnish.errors import BurnishError, RestartsExhausted, RunFailed, SyncFailed, UserError
+from burnish.rollout.fleet import idle
 from burnish.rollout.host import (
     Abort,
     Asleep,
@@ -100,10 +101,12 @@ class Pool:
         """See `Fleet`."""
         return self._per_worker * len(self._workers)
 
-    def submit(self, requests: Sequence[Request]) -> None:
+    def submit(self, requests: Sequence[Request], *, first: bool = False) -> None:
         """See `Fleet`."""
         for request in requests:
             self._pending.setdefault(_group(request), []).append(request)
+            if first:
+                self._pending.move_to_end(_group(request), last=False)
         self._dispatch()
 
     def poll(self, seconds: float) -> list[Completion]:
@@ -134,6 +137,7 @@ class Pool:
         folder: Path | None,
         *,
         adapter_only: bool = False,
+        alive: Callable[[], None] = idle,
     ) -> list[Receipt]:
         """See `Fleet`. A worker that ends meanwhile is not waited for, if another one holds the version."""
         assert not self._asleep, "weights for engines that have no memory for them"
@@ -149,18 +153,19 @@ class Pool:
             is_asked = any(worker.asked_version is not None for worker in self._workers)
             if not is_asked and len(self._receipts) >= (len(self._workers) if is_first else 1):
                 break
+            alive()
             self._wait(LOOK_SECONDS)
         self._sender.forget(version)
         return [receipt for _, receipt in sorted(self._receipts.items())]
 
-    def sleep(self) -> None:
+    def sleep(self, alive: Callable[[], None] = idle) -> None:
         """See `Fleet`."""
         assert not self._asks(), "engines go to sleep with requests in flight"
-        self._rest(asleep=True)
+        self._rest(alive, asleep=True)
 
-    def wake(self) -> None:
+    def wake(self, alive: Callable[[], None] = idle) -> None:
         """See `Fleet`."""
-        self._rest(asleep=False)
+        self._rest(alive, asleep=False)
 
     def facts(self) -> dict[str, float]:
         """See `Fleet`. Of each worker what it said last, at most a second old."""
@@ -339,17 +344,21 @@ class Pool:
             worker.assigned |= {request.request_id: request for request in requests}
             worker.send(Submit(self._epoch, requests))
 
-    def _rest(self, *, asleep: bool) -> None:
+    def _rest(self, alive: Callable[[], None], *, asleep: bool) -> None:
+        """Waits for those that have an engine; one that is loading is told when it has loaded."""
         self._asleep = asleep
         for worker in self._workers:
             worker.send(Sleep(asleep))
         limit = self._limits.sync_seconds + self._limits.heartbeat_seconds
         since = time.monotonic()
-        while late := [worker for worker in self._workers if worker.asleep != asleep]:
+        while late := [
+            worker
+            for worker in self._workers
+            if worker.asleep != asleep and worker.state not in (State.STARTING, State.DEAD)
+        ]:
+            alive()
             self._attend()
             self._wait(LOOK_SECONDS)
-            if any(worker.state in (State.STARTING, State.DEAD) for worker in late):
-                since = time.monotonic()  # what it may take to load has a limit of its own
             if time.monotonic() - since > limit:
                 verb = "sleep" if asleep else "wake"
                 raise RunFailed(f"{late[0]} does not {verb} in {limit:g} s; its phase is `{late[0].phase}`")

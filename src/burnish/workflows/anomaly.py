@@ -63,18 +63,22 @@ class Anomalies:
         self.rolled_back: dict[int, str] = {}
         """Step -> why the run went back because of it."""
         self._losses: deque[float] = deque(maxlen=config.window)
+        self._step, self._before, self._is_bad = 0, 0, False
 
     def judge(self, step: int, loss: float, grad_norm: float) -> Verdict:
         """What is to become of a step, by its mean loss and the norm of its gradient before clipping.
 
-        To be called once a step, on every rank with the same numbers, and before anything moves.
+        To be called for every update of a step, on every rank with the same numbers, and before anything moves. A step
+        is bad if one of its updates is.
         """
+        if step != self._step:
+            self._step, self._before, self._is_bad = step, self.bad_steps, False
         reason = self._wrong(loss, grad_norm)
         if reason is None:
-            self.bad_steps = 0
+            self.bad_steps = self.bad_steps if self._is_bad else 0
             self._losses.append(loss)
             return OK
-        self.bad_steps += 1
+        self._is_bad, self.bad_steps = True, self._before + 1
         config = self.config
         if self.bad_steps >= (1 if config.action == "stop" else config.max_bad_steps):
             in_a_row = f", the {_ordinal(self.bad_steps)} step in a row" if self.bad_steps > 1 else ""

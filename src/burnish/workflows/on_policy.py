@@ -58,11 +58,13 @@ class OnPolicy(Workflow):
         return run.stream
 
     def evaluate(self, rollouts: RolloutStream, _: Iterable[Block] = ()) -> Mapping[str, Metric]:
-        """Rewards and lengths of answers to the prompts of `data.eval`."""
+        """Rewards and lengths of answers to the prompts of `data.eval`; nothing where a signal asks to stop."""
         from burnish.rollout.metrics import group_metrics
 
         sampling = self.eval_sampling or self.rollout.sampling
-        groups = rollouts.sample(rollouts.evaluation_prompts(), sampling, self.eval_group_size, "eval")
+        groups = rollouts.sample(lambda collector: [*collector.held_out()], sampling, self.eval_group_size, "eval")
+        if groups is None:
+            return {}
         return {name: (mean, 1.0) for name, mean in group_metrics(groups, solved_at=self.solved_at).items()}
 
     def note(self, run: Run, batch: Batch) -> None:

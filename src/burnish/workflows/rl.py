@@ -136,7 +136,7 @@ class RL(OnPolicy):
     def batch(self, run: Run, groups: list[RolloutGroup]) -> Batch:
         """A step's rollouts as this rank's rows, with the columns that the loss reads."""
         policy, rollouts = run.policy, self.stream(run)
-        batch = rollouts.packed(groups, self.num_minibatches, train_truncated=self.train_truncated)
+        batch = rollouts.packed(groups, self.num_minibatches)
         loss, penalties, values = self.loss, None, None
         if rollouts.probe.is_due():
             run.note({f"mismatch/{name}": value for name, value in mismatch(rollouts, batch).as_metrics().items()})
@@ -156,6 +156,8 @@ class RL(OnPolicy):
         batch.write("advantages", advantages)
         if returns is not None:
             batch.write("returns", returns)
+        if not self.train_truncated:
+            batch.leave_out_truncated()
         return batch
 
     def divergence(self, batch: Batch) -> Tensor:
@@ -171,7 +173,9 @@ class RL(OnPolicy):
 
         sums: dict[str, Metric] = {}
         update = Update(0.0)
-        for blocks in batch.minibatches * self.num_passes:
+        for number, blocks in [*enumerate(batch.minibatches)] * self.num_passes:
+            if not batch.num_trained(number):
+                continue  # the optimizer's momentum alone would move the policy
             for name, (total, count) in run.policy.forward_backward(blocks, self.loss).items():
                 before = sums.get(name, (0.0, 0.0))
                 sums[name] = before[0] + total, before[1] + count

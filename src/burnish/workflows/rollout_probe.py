@@ -56,8 +56,9 @@ class Probe:
             max_new_tokens=self.config.num_tokens,
             stop_token_ids=self.sampling.stop_token_ids,
         )
-        groups = stream.sample(stream.probe_prompts(self.config.num_prompts), params, 1, "probe")
-        batch = stream.packed(groups)
+        count = self.config.num_prompts
+        groups = stream.sample(lambda collector: collector.probe_prompts(count), params, 1, "probe")
+        batch = stream.packed(groups or [])
         if not batch.num_tokens:
             return
         self.last = mismatch(stream, batch)

@@ -49,7 +49,6 @@ class Batch:
     Args:
         groups: all of the step, the same on every rank.
         version: of the policy that trains on them.
-        train_truncated: False: rollouts that were cut off at their limit are baselines for others, and not trained.
     """
 
     def __init__(
@@ -60,18 +59,17 @@ class Batch:
         *,
         version: int,
         num_minibatches: int = 1,
-        train_truncated: bool = True,
     ) -> None:
         self.groups, self.layout, self.mesh, self.version = groups, layout, mesh, version
         self.rollouts = [rollout for group in groups for rollout in group.rollouts]
         self.lengths = torch.tensor([rollout.num_sampled for rollout in self.rollouts], dtype=torch.int64)
         self.num_tokens = int(self.lengths.sum())
         """Sampled tokens of the step: A."""
-        self._train_truncated = train_truncated
         self._written: dict[str, Tensor] = {}
         starts = np.cumsum([0, *self.lengths.tolist()])
         self.minibatches: list[list[Block]] = []
-        first = 0
+        self._trains = [True] * len(self.rollouts)
+        self._bounds, first = [0], 0
         shares = np.array_split(np.arange(len(groups)), min(num_minibatches, max(len(groups), 1)))
         for share in shares:
             packed: list[Group] = []
@@ -79,11 +77,25 @@ class Batch:
                 packed += self._packed(groups[index], starts[first:])
                 first += len(groups[index].rollouts)
             self.minibatches.append(self._own_rows(packed))
+            self._bounds.append(first)
 
     @property
     def blocks(self) -> list[Block]:
         """This rank's rows of all minibatches."""
         return [block for blocks in self.minibatches for block in blocks]
+
+    def leave_out_truncated(self) -> None:
+        """From now on, rollouts that were cut off at their limit are not trained; what was read of them stands."""
+        self.minibatches = [
+            [replace(block, loss_mask=block.loss_mask & block.columns["whole"].bool()) for block in blocks]
+            for blocks in self.minibatches
+        ]
+        self._trains = [rollout.finish_reason == "stop" for rollout in self.rollouts]
+
+    def num_trained(self, minibatch: int) -> int:
+        """Sampled tokens that are trained in a minibatch, over all ranks."""
+        mine = range(self._bounds[minibatch], self._bounds[minibatch + 1])
+        return sum(self.rollouts[i].num_sampled for i in mine if self._trains[i])
 
     def scored(self, penalties: Tensor | None = None, values: Tensor | None = None) -> Scored:
         """What advantages are made of."""
@@ -142,7 +154,7 @@ class Batch:
         found, open_, room = [], [], 0
         prompt = np.array(group.prompt.token_ids, np.int32)
         for i, rollout in enumerate(group.rollouts):
-            if not rollout.num_sampled or not (self._train_truncated or rollout.finish_reason == "stop"):
+            if not rollout.num_sampled:
                 continue
             sample = self._sample(group, rollout, int(starts[i]))
             if not self.layout.share_prompts:
@@ -167,6 +179,7 @@ class Batch:
             sample_id=group.prompt.where,
             columns={
                 "place": place,
+                "whole": np.full(len(mask), rollout.finish_reason == "stop", np.float32),
                 "rollout_logprobs": np.array(rollout.logprobs, np.float32),
                 "lag": np.array(self.version - rollout.oldest_version, np.float32),
             },
@@ -189,6 +202,7 @@ class Batch:
         tokens, documents = self.layout.row_length, self.layout.num_documents
         return {
             "place": torch.zeros(tokens, dtype=torch.int64),
+            "whole": torch.zeros(tokens),
             "rollout_logprobs": torch.zeros(tokens),
             "lag": torch.zeros(documents),
         }

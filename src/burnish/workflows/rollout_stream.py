@@ -1,8 +1,8 @@
 """The rollouts of a run as every rank sees them: what stands where other workflows have packed rows of their data.
 
-Rank 0 collects; the others hear from it at least every second, so that a long wait for rollouts is no silence. With a
-lag of 0 sampling and training take turns, and the main thread moves the collector; above, a thread moves it beside
-training. Must not know which workflow trains on the groups.
+Rank 0 collects; the others hear from it at least every second, so that a long wait is no silence and a signal to stop
+does not wait. With a lag of 0 sampling and training take turns, and the main thread moves the collector; above, a
+thread moves it beside training. Must not know which workflow trains on the groups.
 """
 
 from __future__ import annotations
@@ -12,25 +12,30 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from burnish.errors import RefusedElsewhere, UserError
+from burnish.errors import RefusedElsewhere, RunFailed, UserError
 from burnish.model.wire import outgoing
 from burnish.rollout.metrics import work_metrics
 from burnish.rollouts import RolloutGroup
 from burnish.workflows.rollout_rows import Batch, Layout
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from burnish.mesh import Mesh
     from burnish.policy.policy import Policy
     from burnish.rollout.collector import Collector, Kind
     from burnish.rollout.engine import Receipt
     from burnish.rollouts import Prompt, SamplingParams
     from burnish.workflows.rollout_probe import Probe
 
+    Attempt = Callable[[Collector], Any]
+    """Gives JSON, or None: not yet."""
+
 HEAR_SECONDS = 1.0
-"""Between two words of rank 0 to the other ranks, while all wait for rollouts."""
+"""Between two words of rank 0 to the other ranks, while all wait."""
 
 LOOK_SECONDS = 0.005
 """Between two looks of the thread beside training at engines and rewards, in which nobody holds the lock. With waits
@@ -50,7 +55,7 @@ class RolloutStream:
         beside: sample while the policy trains.
         adapter_only: whether the adapter is all that travels to the engines.
         folder: configuration and tokenizer of the model, for engines that read Hugging Face folders.
-        evaluation: the prompts of `data.eval`, on rank 0.
+        stop_requested: name of the signal that asked this rank to stop, if one did.
     """
 
     def __init__(
@@ -66,24 +71,24 @@ class RolloutStream:
         beside: bool,
         adapter_only: bool,
         folder: Path | None,
-        evaluation: Callable[[], Iterator[Prompt]],
+        stop_requested: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.policy, self.mesh, self.collector = policy, policy.mesh, collector
-        self.layout, self.probe = layout, probe
+        self.layout, self.probe, self._stop_requested = layout, probe, stop_requested
         self._require, self.extent, self.num_prompts, self._beside = require, extent, num_prompts, beside
-        self._adapter_only, self._folder, self._evaluation = adapter_only, folder, evaluation
+        self._adapter_only, self._folder = adapter_only, folder
         self.version = -1
         """Of the policy that the engines hold."""
         self.receipts: list[Receipt] = []
         """Of the last publication, on rank 0."""
         self.wait_seconds = self.publish_seconds = 0.0
         self.over = False
-        self._consumed = 0
+        self._frontier = 0
         self._facts: dict[str, float] = {}
         self._asked = time.perf_counter()
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        self._failure: BaseException | None = None
+        self._failure: Exception | None = None
         self._thread: threading.Thread | None = None
 
     def publish(self, version: int) -> None:
@@ -95,15 +100,24 @@ class RolloutStream:
         if version == self.version:
             return
         started, first = time.perf_counter(), self.version < 0
+        outbox = _Outbox(self.policy, self._adapter_only)
         if self.collector is None:
-            for _ in outgoing(self.policy.model, adapter_only=self._adapter_only):
-                pass  # a sharded tensor is gathered by all ranks
+            outbox.drain()
+            while (said := self.mesh.from_first(None)) != "sent":
+                if said == "failed":
+                    raise RunFailed("rank 0 could not bring the weights to the engines, and says why")
         else:
-            with self._held() as collector:
-                tensors = partial(outgoing, self.policy.model, adapter_only=self._adapter_only)
-                self.receipts = collector.fleet.publish(version, tensors, self._folder, adapter_only=self._adapter_only)
-                collector.published(version)
-        self.mesh.barrier()
+            said = "failed"
+            try:
+                with self._held() as collector:
+                    self.receipts = collector.fleet.publish(
+                        version, outbox.tensors, self._folder, adapter_only=self._adapter_only, alive=outbox.alive
+                    )
+                    collector.published(version)
+                said = "sent"
+            finally:
+                outbox.drain()
+                self.mesh.from_first(said)
         self.version = version
         self.publish_seconds = time.perf_counter() - started
         self.probe.after_sync(self, first=first)
@@ -115,88 +129,82 @@ class RolloutStream:
                 collector.buffer.published()
 
     def take(self, num_groups: int) -> list[RolloutGroup]:
-        """The groups of the next step, the same on every rank; fewer or none at the end of the run.
+        """The groups of the next step, the same on every rank; fewer or none at the end of the run, none where a signal
+        asks to stop.
 
         Raises:
-            DataError: a prompt cannot be asked.
+            UserError: a prompt cannot be asked; on ranks other than 0, RefusedElsewhere.
             RunFailed: engines or rewards do not answer.
         """
+
+        def attempt(collector: Collector) -> Any:
+            found = collector.take()
+            if found is None:
+                return None
+            frontier = collector.buffer.frontier
+            return [[group.to_json() for group in found], frontier, frontier == self.num_prompts]
+
         started = time.perf_counter()
-        try:
-            while True:
-                found, failure = self._collected()
-                fate = "" if failure is None else "refused" if isinstance(failure, (UserError, OSError)) else "failed"
-                told: list[Any] = [None if found is None else [g.to_json() for g in found], fate]
-                said = self.mesh.from_first(told)
-                if failure is not None:
-                    raise failure
-                if said[1] == "failed":
-                    raise RefusedElsewhere(0)
-                if said[1] == "refused":
-                    return []  # `Run` then hears of it from rank 0
-                if said[0] is not None:
-                    groups = found if found is not None else [RolloutGroup.from_json(each) for each in said[0]]
-                    self._consumed += len(groups)
-                    self.over = len(groups) < num_groups
-                    return groups
-        finally:
-            self.wait_seconds += time.perf_counter() - started
-
-    def packed(
-        self, groups: Sequence[RolloutGroup], num_minibatches: int = 1, *, train_truncated: bool = True
-    ) -> Batch:
-        """A step's groups as rows of this rank."""
-        return Batch(
-            groups,
-            self.layout,
-            self.mesh,
-            version=self.version,
-            num_minibatches=num_minibatches,
-            train_truncated=train_truncated,
-        )
-
-    def sample(self, prompts: Sequence[Prompt], params: SamplingParams, size: int, kind: Kind) -> list[RolloutGroup]:
-        """Rollouts that are not trained, on every rank; see `Collector.sample`."""
-        found = []
-        if self.collector is not None:
-            with self._held() as collector:
-                found = [group.to_json() for group in collector.sample(prompts, params, size, kind)]
-        return [RolloutGroup.from_json(each) for each in self.mesh.from_first(found)]
-
-    def probe_prompts(self, count: int) -> list[Prompt]:
-        """For a probe, on rank 0; none elsewhere."""
-        if self.collector is None:
+        if self.collector is not None and self._beside and self._thread is None:
+            self._thread = threading.Thread(target=self._pump, name="burnish-rollouts", daemon=True)
+            self._thread.start()
+        found = self._heard(attempt)
+        self.wait_seconds += time.perf_counter() - started
+        if found is None:
             return []
-        with self._held() as collector:
-            return collector.probe_prompts(count)
+        groups, self._frontier, self.over = found
+        return [RolloutGroup.from_json(each) for each in groups]
 
-    def evaluation_prompts(self) -> list[Prompt]:
-        """Of `data.eval`, on rank 0; none elsewhere."""
-        return list(self._evaluation()) if self.collector is not None else []
+    def packed(self, groups: Sequence[RolloutGroup], num_minibatches: int = 1) -> Batch:
+        """A step's groups as rows of this rank."""
+        return Batch(groups, self.layout, self.mesh, version=self.version, num_minibatches=num_minibatches)
+
+    def sample(
+        self, prompts: Callable[[Collector], Sequence[Prompt]], params: SamplingParams, size: int, kind: Kind
+    ) -> list[RolloutGroup] | None:
+        """Rollouts that are not trained, on every rank; None where a signal asks to stop first.
+
+        Args:
+            prompts: says on rank 0 which prompts.
+            size: rollouts of each.
+        """
+        begun: list[str] = []
+
+        def attempt(collector: Collector) -> Any:
+            if not begun:
+                begun.extend(["", *collector.begin(prompts(collector), params, size, kind)])
+            found = collector.finished(begun[1:])
+            return None if found is None else [group.to_json() for group in found]
+
+        found = self._heard(attempt)
+        if found is None and self.collector is not None:
+            with self._held() as collector:
+                collector.forget(begun[1:])
+        return None if found is None else [RolloutGroup.from_json(each) for each in found]
 
     def state(self) -> dict[str, Any]:
         """JSON; rank 0's is that of the run."""
         if self.collector is None:
             return {}
         with self._held() as collector:
-            return {"extent": self.extent, "consumed": self._consumed, "over": self.over, **collector.state()}
+            return {"extent": self.extent, "over": self.over, **collector.state()}
 
-    def merged(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """The state of the run from those of all ranks."""
-        return states[0]
+    def together(self, mesh: Mesh, mine: dict[str, Any]) -> dict[str, Any]:
+        """Rank 0's state is that of the run, and rank 0 writes it."""
+        return mine
 
     def load(self, state: dict[str, Any]) -> None:
         """Goes on behind what `state` had consumed. Raises ResumeError: the prompts are not those it was of."""
         self._require(state["extent"])
-        self._consumed, self.over = state["consumed"], state["over"]
-        self.version = -1
+        self._frontier, self.over, self.version = state["frontier"], state["over"], -1
+        self._facts = {f"prompts_{name}": float(count) for name, count in state["counts"].items()}
         if self.collector is not None:
             with self._held() as collector:
                 collector.load(state)
 
     def progress(self) -> float | None:
-        """Share of all prompts that was trained; None where the run has no last prompt."""
-        return None if self.num_prompts is None else min(1.0, self._consumed / self.num_prompts)
+        """Share of all prompts that was trained or left out; None where the run has no last prompt."""
+        return None if self.num_prompts is None else min(1.0, self._frontier / self.num_prompts)
 
     def ledger_state(self) -> dict[str, Any]:
         """What became of the prompts so far, as rank 0 knows it."""
@@ -230,11 +238,11 @@ class RolloutStream:
             yield
             return
         self.collector.interrupt()  # of more prompts than a step needed, some may be unfinished
-        self.collector.fleet.sleep()
+        self.collector.fleet.sleep(self.mesh.alive)
         try:
             yield
         finally:
-            self.collector.fleet.wake()
+            self.collector.fleet.wake(self.mesh.alive)
 
     def close(self) -> None:
         """Ends the thread; engines and rewards are their opener's."""
@@ -242,22 +250,40 @@ class RolloutStream:
         if self._thread is not None:
             self._thread.join(timeout=60.0)
 
-    def _collected(self) -> tuple[list[RolloutGroup] | None, BaseException | None]:
-        """What rank 0 has for this step within a second, or why it never will."""
+    def _heard(self, attempt: Attempt) -> Any:
+        """What `attempt` gives on rank 0, on every rank; None where a signal asked rank 0 to stop before it gave
+        something. Raises on every rank what was raised on rank 0, or that it was."""
+        while True:
+            found, failure = self._attempted(attempt)
+            fate = "" if failure is None else "refused" if isinstance(failure, (UserError, OSError)) else "failed"
+            if not fate and found is None and self._stop_requested() is not None:
+                fate = "stop"
+            found, fate = self.mesh.from_first([found, fate])
+            if failure is not None:
+                raise failure
+            if fate == "refused":
+                raise RefusedElsewhere(0)
+            if fate == "failed":
+                raise RunFailed("rank 0 could not go on with its rollouts, and says why")
+            if found is not None or fate == "stop":
+                return found
+
+    def _attempted(self, attempt: Attempt) -> tuple[Any, Exception | None]:
+        """What `attempt` gives within a second on rank 0, or why it never will."""
         if self.collector is None:
             return None, None
         deadline = time.monotonic() + HEAR_SECONDS
         try:
-            if self._beside:
-                self._begin_thread()
             while True:
                 with self._held() as collector:
-                    found = collector.take()
-                    if found is None and not self._beside:
+                    found = attempt(collector)
+                    if found is None and self._failure is not None:
+                        raise self._failure
+                    if found is None and self._thread is None:
                         collector.pump(HEAR_SECONDS)
                 if found is not None or time.monotonic() > deadline:
                     return found, None
-                if self._beside:
+                if self._thread is not None:
                     time.sleep(LOOK_SECONDS)
         except Exception as error:  # the others wait for a word of this rank: they are told, then it is raised
             return None, error
@@ -266,21 +292,43 @@ class RolloutStream:
     def _held(self) -> Iterator[Collector]:
         assert self.collector is not None
         with self._lock:
-            if self._failure is not None:
-                raise self._failure
             yield self.collector
-
-    def _begin_thread(self) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._pump, name="burnish-rollouts", daemon=True)
-            self._thread.start()
 
     def _pump(self) -> None:
         while not self._stop.is_set():
             try:
                 with self._held() as collector:
                     collector.pump(0.0)
-            except BaseException as error:  # raised again by whoever asks next; a thread has nobody to raise to
+            except (
+                Exception
+            ) as error:  # raised by whoever waits for what will not come; a thread has nobody to raise to
                 self._failure = error
                 return
             time.sleep(LOOK_SECONDS)
+
+
+class _Outbox:
+    """The policy's tensors on their way out, which every rank must iterate to the end, and signs of life behind it."""
+
+    def __init__(self, policy: Policy, adapter_only: bool) -> None:
+        self._mesh = policy.mesh
+        self._tensors = outgoing(policy.model, adapter_only=adapter_only)
+        self._is_drained, self._said = False, time.monotonic()
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All of them, on rank 0."""
+        yield from self._tensors
+        self._is_drained = True
+
+    def drain(self) -> None:
+        """Iterates what is left, where other ranks take part in it."""
+        if self._mesh.world_size > 1:
+            for _ in self._tensors:
+                pass
+
+    def alive(self) -> None:
+        """On rank 0: a sign of life of all ranks, a second after the last."""
+        self._mesh.alive()
+        if self._is_drained and time.monotonic() - self._said > HEAR_SECONDS:
+            self._said = time.monotonic()
+            self._mesh.from_first("wait")

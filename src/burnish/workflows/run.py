@@ -21,6 +21,7 @@ from burnish.workflows.anomaly import OK, Anomalies, Anomaly, Verdict
 
 if TYPE_CHECKING:
     from burnish.losses.base import Loss
+    from burnish.mesh import Mesh
     from burnish.policy.checkpoint import Checkpointer
     from burnish.policy.policy import Policy, Update
     from burnish.policy.throughput import Throughput
@@ -62,10 +63,12 @@ class Feed(Protocol):
         ...
 
     def state(self) -> dict[str, Any]:
-        """JSON: what was consumed; `merged` makes one of all ranks', which each of them can `load`."""
+        """JSON: what was consumed; `together` makes one of all ranks', which each of them can `load`."""
         ...
 
-    def merged(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]: ...
+    def together(self, mesh: Mesh, mine: dict[str, Any]) -> dict[str, Any]:
+        """The state of the run on rank 0, from every rank's."""
+        ...
 
     def load(self, state: dict[str, Any]) -> None: ...
 
@@ -157,6 +160,7 @@ class Run:
             self._started, waited = time.perf_counter(), self.stream.wait_seconds
             blocks = self._take()
             if not blocks:
+                self._stop_if_asked()  # a stream that has to wait gives nothing where a signal asks to stop
                 break
             passed_over = self.anomalies.pass_over(self.step + 1)
             learning_rate = self.learning_rate * self.schedule.factor(self.step, progress, self.cadence.num_steps)
@@ -182,21 +186,22 @@ class Run:
     def _take(self) -> list[Any]:
         """This rank's rows of a step, or none at the end.
 
-        A row that cannot be used, or a remote file that fails, is reached only now, and by one rank: all refuse it, and
-        what was learned before it is kept. Before the first step that is nothing, and a checkpoint would only hold the
-        person to a recipe that has to change.
+        A row that cannot be used, a remote file that fails, or engines that are given up, are met only now, and by one
+        rank: all end with it, and what was learned before is kept. Before the first step that is nothing, and a
+        checkpoint would only hold the person to a recipe that has to change.
         """
         before, blocks, refusal = self.stream.state(), [], None
         try:
             blocks = self.stream.take(self.blocks_per_step)
-        except (UserError, OSError) as error:
+        except (UserError, OSError, RunFailed) as error:
             refusal = error
         found = self._first(None if refusal is None else str(refusal))
         if found is None:
             return blocks
         rank, reason = found
         if self.step > 0 and self.save(wait=True, stream=before):
-            self.journal.event("refused", step=self.step, reason=reason, checkpoint=f"checkpoint-{self.step}")
+            kind = "failed" if isinstance(refusal, RunFailed) else "refused"
+            self.journal.event(kind, step=self.step, reason=reason, checkpoint=f"checkpoint-{self.step}")
         raise refusal or RefusedElsewhere(rank)
 
     def _first(self, mine: str | None) -> tuple[int, str] | None:
@@ -343,10 +348,9 @@ class Run:
             stream: this rank's stream as it is to be resumed; None: as it is now.
         """
         pieces, policy = self.policy.state()
-        streams = self.policy.mesh.gather(stream or self.stream.state())[:: self.policy.mesh.peers]
         state = {
             "step": self.step,
-            "stream": self.stream.merged(streams),
+            "stream": self.stream.together(self.policy.mesh, stream or self.stream.state()),
             "policy": policy,
             "anomalies": self.anomalies.state(),
         }

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from burnish.errors import SyncFailed
-from burnish.rollout.fleet import Fleet, Workers
+from burnish.rollout.fleet import Fleet, Workers, idle
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,8 +55,8 @@ class InlineFleet:
     def num_workers(self) -> int:
         return 1
 
-    def submit(self, requests: Sequence[Request]) -> None:
-        """See `Fleet`."""
+    def submit(self, requests: Sequence[Request], *, first: bool = False) -> None:
+        """See `Fleet`. Sampling and training take turns, so what is not trained never waits for what is."""
         self._live.submit(requests)
 
     def poll(self, seconds: float) -> list[Completion]:
@@ -80,6 +80,7 @@ class InlineFleet:
         folder: Path | None,
         *,
         adapter_only: bool = False,
+        alive: Callable[[], None] = idle,
     ) -> list[Receipt]:
         """See `Fleet`."""
         weights = AtHand(self._channel, version, tensors, folder, adapter_only=adapter_only)
@@ -92,11 +93,11 @@ class InlineFleet:
         self._channel.forget(version)
         return [replace(receipt, worker="inline")]
 
-    def sleep(self) -> None:
+    def sleep(self, alive: Callable[[], None] = idle) -> None:
         """See `Fleet`."""
         self._live.sleep()
 
-    def wake(self) -> None:
+    def wake(self, alive: Callable[[], None] = idle) -> None:
         """See `Fleet`."""
         self._live.wake()
 

@@ -100,8 +100,8 @@ def test_sources_that_cannot_be_asked_again_are_refused(tmp_path, capsys, blocks
     [refused] = lines(check(tmp_path, capsys, blocks), "refused", "prompts")
     assert "streamed source" in refused
     del blocks["data"]["train"][0]["streaming"]
-    [refused] = lines(check(tmp_path, capsys, blocks, "data.over_length=truncate"), "refused", "prompts")
-    assert "a prompt that is cut asks something else" in refused
+    [refused] = lines(check(tmp_path, capsys, blocks, "data.over_length=truncate"), "refused", "schema")
+    assert "data.over_length: a prompt that is cut asks something else" in refused
 
 
 def test_bad_rows_are_named(tmp_path, capsys, blocks):

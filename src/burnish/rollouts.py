@@ -185,8 +185,7 @@ class Dialogue(Protocol):
     """How rows become prompts, and sampled tokens what rewards and environments read. Text or items."""
 
     stop_token_ids: tuple[int, ...]
-    """Tokens that end a turn. None, as for items: a turn is `max_new_tokens` long, and its `finish_reason` of "length"
-    says that it is whole."""
+    """Tokens that end a turn. None, as for items: a turn that is `max_new_tokens` long is whole, and not cut off."""
 
     def prompts(self, rows: Sequence[Row], first_index: int) -> list[Prompt | Dropped | DataError]:
         """One for each row, in order, numbered from `first_index`; a row that cannot be asked is the reason why."""

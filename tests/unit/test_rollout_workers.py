@@ -283,6 +283,7 @@ def test_weights_that_are_not_there_for_a_restarted_worker_are_no_weights(tmp_pa
 def test_workers_sleep_and_wake_and_close_their_engines(tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("RANK", "0")  # as in a trainer of several ranks, to which no engine belongs
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)  # of tests with a cluster, in the same process
     core = min(os.sched_getaffinity(0))
     with fleet_of(tmp_path, cpus=[core], num_threads=3) as (fleet, events):
         fleet.publish(0, tensors, None)

@@ -208,6 +208,12 @@ def test_a_recipes_block_makes_the_source(tmp_path: Path):
 
     found = OneOf("burnish.data.sources").find(Source, "jsonl")
     assert found is JsonLines
-    assert sorted(OneOf("burnish.data.sources").types()) == ["events", "huggingface", "jsonl", "parquet"]
+    assert sorted(OneOf("burnish.data.sources").types()) == [
+        "events",
+        "huggingface",
+        "jsonl",
+        "parquet",
+        "reasoning_gym",
+    ]
     block = json.dumps({"type": "jsonl", "path": "a.jsonl", "columns": {"q": "prompt"}})
     assert found.model_validate_json(block) == JsonLines(path="a.jsonl", columns={"q": "prompt"})

@@ -261,12 +261,14 @@ class RewardPool:
 
     def _bad_start(self, why: str) -> None:
         self._bad_starts += 1
+        was_killed = "ended by SIG" in why  # by whoever kills processes, which is no reason to refuse a reward
+        if self._bad_starts < _MAX_BAD_STARTS and (self._is_open or was_killed):
+            return
         if not self._is_open:
             raise UserError(
                 why, where="workflow.rewards", cure="try it with `python -c`, in this folder and environment"
             )
-        if self._bad_starts >= _MAX_BAD_STARTS:
-            raise RunFailed(f"reward processes cannot be started any more: {why}")
+        raise RunFailed(f"reward processes cannot be started any more: {why}")
 
     # What they say
 

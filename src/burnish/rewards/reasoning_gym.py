@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -28,7 +29,9 @@ class ReasoningGym(Reward):
 
     def open(self) -> LiveReward:
         try:
-            from reasoning_gym import create_dataset
+            with warnings.catch_warnings():  # of a package that it needs, when it is compiled
+                warnings.simplefilter("ignore", SyntaxWarning)
+                from reasoning_gym import create_dataset
         except ImportError as error:
             cure = "pip install 'burnish[tasks]'"
             raise DataError("the package `reasoning-gym` is not installed", "reasoning_gym", cure) from error

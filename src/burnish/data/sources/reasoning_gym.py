@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
@@ -40,7 +41,9 @@ class ReasoningGym(Source):
 
     def open(self) -> RowTable:
         try:
-            from reasoning_gym.factory import DATASETS, create_dataset
+            with warnings.catch_warnings():  # of a package that it needs, when it is compiled
+                warnings.simplefilter("ignore", SyntaxWarning)
+                from reasoning_gym.factory import DATASETS, create_dataset
         except ImportError as error:
             cure = "pip install 'burnish[tasks]'"
             raise DataError("the package `reasoning-gym` is not installed", self._where, cure) from error

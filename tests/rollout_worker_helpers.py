@@ -184,12 +184,12 @@ class ByFile(WeightSync):
         return FileEnd(Path(self.folder))
 
     def receiver(self) -> FileEnd:
-        return FileEnd(Path(self.folder))
+        return FileEnd(Path(self.folder), is_sender=False)
 
 
 class FileEnd:
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, *, is_sender: bool = True) -> None:
+        self._folder, self._is_sender = folder, is_sender
 
     def send(self, version: int, tensors: Iterator[Any], *, adapter_only: bool, folder: Path | None) -> dict[str, Any]:
         found = list(tensors)
@@ -208,7 +208,8 @@ class FileEnd:
                 path.unlink()
 
     def close(self) -> None:
-        self.forget(1 << 30)
+        if self._is_sender:  # a worker that ends must not take away what the next one reads
+            self.forget(1 << 30)
 
 
 class Arrived:

@@ -33,7 +33,7 @@ def recipe(lab: Lab, **changes: Any) -> dict[str, Any]:
         "group_size": 2,
         "sampling": {"max_new_tokens": 8},
         "max_policy_lag": 1,
-        "engine": {"type": "fake", "tokens": SCRIPT, "seconds_per_token": 0.01},
+        "engine": {"type": "fake", "tokens": SCRIPT, "seconds_per_token": 0.005},
         "workers": {"type": "processes", "num_workers": 2, "heartbeat_seconds": 5.0},
         "alignment": {"action": "warn"},
     }
@@ -79,14 +79,14 @@ def _is_alive(pid: int) -> bool:
 
 
 def test_five_kills_lose_no_prompt_and_train_none_twice(lab: Lab):
-    path = lab.recipe("killed", **recipe(lab, num_steps=24))
+    path = lab.recipe("killed", **recipe(lab, num_steps=16))
     trial = lab.zygote.start(["train", str(path)], lab.folder / "killed.log")
-    killed = disturb(trial, lab.folder / "killed", 5, seed=3, pause=(0.3, 0.8))
+    killed = disturb(trial, lab.folder / "killed", 5, seed=3, pause=(0.2, 0.6))
     assert trial.wait() == 0, trial.output()
     run_dir = lab.folder / "killed"
     assert len(killed) == 5, (killed, trial.output())
-    assert rl_helpers.trained(run_dir) == dict.fromkeys(range(96), 1), killed
-    assert len(tiny_run.read_metrics(run_dir)) == 24
+    assert rl_helpers.trained(run_dir) == dict.fromkeys(range(64), 1), killed
+    assert len(tiny_run.read_metrics(run_dir)) == 16
     assert max(column(run_dir, "lag_max")) <= 1
 
 

@@ -116,6 +116,7 @@ def test_the_death_of_the_process_that_ranks_are_forked_from_is_survived(tmp_pat
     assert output.count("rank 0 of 2 begins") == 2 and done(tmp_path) == STEPS - 1
 
 
+@pytest.mark.long
 def test_a_run_that_was_killed_and_stopped_has_the_losses_of_one_that_was_not(
     zygote: Zygote, tmp_path: Path, tiny_model: Path, tiny_train: Path
 ):

@@ -81,7 +81,12 @@ def alone() -> dict[tuple[str, bool], dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "config"), [pytest.param(2, {}, marks=pytest.mark.long), (4, {}), (4, {"dp_replicate": 2})]
+    ("ranks", "config"),
+    [
+        pytest.param(2, {}, marks=pytest.mark.long),
+        pytest.param(4, {}, marks=pytest.mark.long),
+        (4, {"dp_replicate": 2}),
+    ],
 )
 def test_losses_and_weights_have_the_same_bits_on_any_number_of_ranks(
     ranks: int, config: dict[str, int], alone: dict, tmp_path: Path

@@ -100,6 +100,7 @@ def test_micro_batches_change_memory_alone(trained: Path, lab: Lab) -> None:
     assert column(whole, "grad_norm") == pytest.approx(column(trained, "grad_norm")[:4], rel=1e-4)
 
 
+@pytest.mark.long
 def test_an_adapter_with_dropout_resumes_bit_for_bit_and_is_merged(lab: Lab) -> None:
     adapter = {"type": "lora", "r": 4, "lora_alpha": 8, "lora_dropout": 0.2}
     model = {"head": {"type": "embedding"}, "adapter": adapter}

@@ -104,6 +104,7 @@ def test_elastic_runs_are_bit_equal_however_many_ranks_and_resumes(model: dict[s
     assert ledger(folder) == ledger(alone) == ledger(four)
 
 
+@pytest.mark.long
 def test_without_elastic_two_ranks_agree_to_rounding(ranks: Ranks) -> None:
     alone = ranks.train(ranks.recipe("fixed-1", num_steps=None, num_epochs=1), 1)
     two = ranks.train(ranks.recipe("fixed-2", num_steps=None, num_epochs=1), 2)

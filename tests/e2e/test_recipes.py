@@ -17,6 +17,8 @@ from tests.zygote import Zygote
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
+LIKE_OTHERS = ("grpo_smollm2", "ppo", "best_of_n")
+"""What these do is tested by itself (`test_rl.py`): in `make test` only their schema is."""
 MODEL = ".cache/models/SmolLM2-135M-Instruct"
 
 
@@ -54,7 +56,11 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("file", [f for f in SHIPPED if "vllm" not in f.stem], ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file",
+    [pytest.param(f, marks=[pytest.mark.long] * (f.stem in LIKE_OTHERS)) for f in SHIPPED if "vllm" not in f.stem],
+    ids=lambda file: file.stem,
+)
 def test_a_shipped_recipe_trains(file: Path, rows: Path, zygote: Zygote, tiny_model: Path, tmp_path: Path):
     text = file.read_text(encoding="utf-8")
     for shipped, here in ((MODEL, tiny_model), (".cache/quickstart", rows), ("data/movielens", rows)):

@@ -141,7 +141,10 @@ def test_a_bad_prompt_is_refused_when_it_is_reached_and_what_was_learned_is_kept
     assert rl_helpers.trained(lab.folder / "bad") == dict.fromkeys(range(32), 1)
 
 
-@pytest.mark.parametrize("preset", ["dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp"])
+@pytest.mark.parametrize(
+    "preset",
+    ["gspo", "reinforce_pp", *(pytest.param(p, marks=pytest.mark.long) for p in ("dr_grpo", "dapo", "cispo", "rloo"))],
+)
 def test_every_preset_trains(lab: Lab, preset):
     run_dir = lab.train(preset, **changes(lab, preset=preset) | {"num_steps": 2})
     written = json.loads((run_dir / "recipe.json").read_text())["workflow"]

@@ -193,7 +193,10 @@ def test_empty_completions_and_steps_without_a_token_train_nothing_and_break_not
     assert rl_helpers.trained(run_dir) == dict.fromkeys(range(12), 1)
 
 
-@pytest.mark.parametrize("workers", [{"type": "inline"}, {"type": "processes", "max_restarts": 0}], ids=str)
+BESIDE = pytest.param({"type": "processes", "max_restarts": 0}, marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize("workers", [{"type": "inline"}, BESIDE], ids=str)
 @pytest.mark.parametrize(("engine", "said"), [("Unopened", "no card in this"), ("Breaking", "card fell off the bus")])
 def test_an_engine_that_dies_ends_the_run(lab: Lab, workers: dict[str, Any], engine: str, said: str):
     lab.train(

@@ -48,7 +48,8 @@ def end_of_the_engines(lab: Lab, name: str, **top: Any) -> Path:
     return run_dir
 
 
-@pytest.mark.parametrize("determinism", [pytest.param("fixed", marks=pytest.mark.long), "elastic"])
+@pytest.mark.long
+@pytest.mark.parametrize("determinism", ["fixed", "elastic"])
 def test_two_ranks_train_what_one_does_end_together_and_one_goes_on_for_them(lab: Lab, determinism: str):
     alone = lab.train(f"{determinism}-alone", **changes(lab, determinism=determinism))
     run_dir = end_of_the_engines(lab, f"{determinism}-two", determinism=determinism)
@@ -64,6 +65,7 @@ def test_two_ranks_train_what_one_does_end_together_and_one_goes_on_for_them(lab
         assert exported(run_dir) == exported(alone)
 
 
+@pytest.mark.long
 def test_an_adapter_travels_alone_and_the_engine_computes_with_it(lab: Lab):
     rollout = {
         "group_size": 2,

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,15 +146,21 @@ def timed(folder: Path, name: str, lag: int, seconds_per_token: float) -> Timing
     )
 
 
-def final_rewards(folder: Path, seed: int) -> tuple[float, float]:
-    """Mean reward of the last steps, in turns and beside; the two runs share the machine."""
+def curves(folder: Path, seed: int) -> tuple[list[float], list[float]]:
+    """Mean reward of each step, in turns and beside; the two runs share the machine."""
     paths = []
     for lag in (0, 1):
         rollout = {"sampling": {"max_new_tokens": 12}, "max_policy_lag": lag}
         paths.append(recipe(folder, f"reward-{seed}-{lag}", rollout, 64, num_steps=REWARD_STEPS, seed=seed))
     runs = [begin(path) for path in paths]
-    found = [[line["reward"] for line in end(run, path)] for run, path in zip(runs, paths, strict=True)]
-    return statistics.fmean(found[0][-LAST:]), statistics.fmean(found[1][-LAST:])
+    turns, beside = ([line["reward"] for line in end(run, path)] for run, path in zip(runs, paths, strict=True))
+    return turns, beside
+
+
+def steps_behind(turns: Sequence[float], beside: Sequence[float]) -> float:
+    """How many steps later the second curve rises, where both begin and end alike: the area between them over the
+    height that they rise."""
+    return (sum(turns) - sum(beside)) / (turns[-1] - turns[0])
 
 
 def row(what: str, values: list[float], asked: str = "") -> dict[str, Any]:
@@ -184,13 +191,17 @@ def times(folder: Path) -> list[dict[str, Any]]:
 
 
 def rewards(folder: Path) -> list[dict[str, Any]]:
-    turns, beside = zip(*(final_rewards(folder, seed) for seed in range(SEEDS)), strict=True)
+    pairs = [curves(folder, seed) for seed in range(SEEDS)]
+    turns, beside = ([statistics.fmean(pair[mode][-LAST:]) for pair in pairs] for mode in (0, 1))
     error = ((statistics.variance(turns) + statistics.variance(beside)) / SEEDS) ** 0.5
     difference = statistics.fmean(beside) - statistics.fmean(turns)
     return [
-        row(f"reward after {REWARD_STEPS} steps, taking turns", list(turns)),
-        row("the same, sampling beside training", list(beside)),
+        row(f"reward after {REWARD_STEPS} steps, taking turns", turns),
+        row("the same, sampling beside training", beside),
         row("difference of their means, in standard errors", [difference / error], "-2.8 to 2.8"),
+        row(
+            "steps that sampling beside training rises later", [steps_behind(*pair) for pair in pairs], "<= 1, its lag"
+        ),
     ]
 
 

@@ -149,8 +149,9 @@ def test_a_hung_worker_is_killed_and_its_requests_go_elsewhere(how, tmp_path):
         asked = requests(range(8))
         fleet.submit(asked)
         if how == "stopped":
-            wait_until(lambda: list(tmp_path.glob("at-step-*")))
-            os.kill(events.pids()[0], signal.SIGSTOP)
+            first = events.pids()[0]
+            wait_until((tmp_path / f"at-step-{first}").exists)  # the other one may sample before it
+            os.kill(first, signal.SIGSTOP)
         struck = time.monotonic()
         found = collect(fleet, 32)
         wait_until(lambda: fleet.poll(0.01) or events.of("refitted"))

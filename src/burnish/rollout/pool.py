@@ -351,17 +351,20 @@ class Pool:
             worker.send(Sleep(asleep))
         limit = self._limits.sync_seconds + self._limits.heartbeat_seconds
         since = time.monotonic()
-        while late := [
-            worker
-            for worker in self._workers
-            if worker.asleep != asleep and worker.state not in (State.STARTING, State.DEAD)
-        ]:
-            alive()
+        while True:
             self._attend()
-            self._wait(LOOK_SECONDS)
+            late = [
+                worker
+                for worker in self._workers
+                if worker.asleep != asleep and worker.state not in (State.STARTING, State.DEAD)
+            ]
+            if not late:
+                return
             if time.monotonic() - since > limit:
                 verb = "sleep" if asleep else "wake"
                 raise RunFailed(f"{late[0]} does not {verb} in {limit:g} s; its phase is `{late[0].phase}`")
+            alive()
+            self._wait(LOOK_SECONDS)
 
     def _asks(self) -> bool:
         return bool(self._pending) or any(worker.assigned for worker in self._workers)

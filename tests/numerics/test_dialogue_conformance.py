@@ -8,7 +8,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from burnish.data.rendering.ask import ask, between, probe_turns, stops
-from burnish.data.rendering.locate import Anchors, Refused, as_parts
+from burnish.data.rendering.marker import Anchors, Refused, as_parts
 from burnish.data.rendering.probe import learn
 from burnish.data.rendering.template import ChatTemplate
 from tests.chat_helpers import assistant, user

@@ -15,7 +15,8 @@ import pytest
 import trl
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from burnish.data.rendering.locate import Anchors, Refused, Turn, as_parts, locate
+from burnish.data.rendering.locate import Turn, locate
+from burnish.data.rendering.marker import Anchors, Refused, as_parts
 from burnish.data.rendering.probe import learn, report
 from burnish.data.rendering.template import TAG_CLOSE, TAG_OPEN, ChatTemplate, take_marks
 from burnish.data.rendering.tokens import SpanTokenizer

@@ -21,12 +21,12 @@ from burnish.workflows.anomaly import OK, Anomalies, Anomaly, Verdict
 
 if TYPE_CHECKING:
     from burnish.losses.base import Loss
-    from burnish.mesh import Mesh
     from burnish.policy.checkpoint import Checkpointer
     from burnish.policy.policy import Policy, Update
     from burnish.policy.throughput import Throughput
     from burnish.schedules.base import Schedule
     from burnish.types import Block, Metric
+    from burnish.workflows.feed import Feed
     from burnish.workflows.stragglers import Lookout
 
     Measure = Callable[[Iterable[Block]], Mapping[str, Metric]]
@@ -41,40 +41,6 @@ def means(metrics: Mapping[str, Metric]) -> dict[str, float]:
     """What a person reads. Of what did not occur nothing is said: the reward of chosen answers in a step without any is
     not 0. The loss of such a step is."""
     return {name: total / (count or 1.0) for name, (total, count) in metrics.items() if count or name == "loss"}
-
-
-class Feed(Protocol):
-    """What a step is made of, in the run's order: packed rows of the data, or groups of the policy's own rollouts."""
-
-    wait_seconds: float
-    """Total time that `take` waited."""
-
-    def take(self, count: int, /) -> list[Any]:
-        """The next ones; none at the end of the run. Raises UserError: one of them cannot be used."""
-        ...
-
-    @property
-    def over(self) -> bool:
-        """Whether all were taken."""
-        ...
-
-    def progress(self) -> float | None:
-        """Share that was consumed; None where there is no end."""
-        ...
-
-    def state(self) -> dict[str, Any]:
-        """JSON: what was consumed; `together` makes one of all ranks', which each of them can `load`."""
-        ...
-
-    def together(self, mesh: Mesh, mine: dict[str, Any]) -> dict[str, Any]:
-        """The state of the run on rank 0, from every rank's."""
-        ...
-
-    def load(self, state: dict[str, Any]) -> None: ...
-
-    def ledger_state(self) -> dict[str, Any]: ...
-
-    def ledger(self, states: Sequence[dict[str, Any]] | None = None) -> dict[str, Any]: ...
 
 
 class Journal(Protocol):

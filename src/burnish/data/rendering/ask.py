@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from burnish.data.rendering.locate import Anchors, Message, Refused, as_parts, difference, refuse_forged, said
+from burnish.data.rendering.locate import difference, said
+from burnish.data.rendering.marker import Anchors, Message, Refused, as_parts, refuse_forged
 from burnish.data.rendering.probe import CALL, REPLY, TOOL, USER, tails
 from burnish.data.rendering.template import MARK, ChatTemplate, mark, take_marks
 

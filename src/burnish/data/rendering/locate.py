@@ -13,52 +13,26 @@ Runs inside the template process; pure.
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-from burnish.data.rendering.template import MARK, TAG_CLOSE, TAG_OPEN, ChatTemplate, Marks, mark, take_marks
+from burnish.data.rendering.marker import (
+    CALL,
+    FIRST_STRING,
+    KINDS,
+    THOUGHT,
+    Anchors,
+    Marker,
+    Message,
+    Refused,
+    as_parts,
+)
+from burnish.data.rendering.template import MARK, TAG_CLOSE, TAG_OPEN, ChatTemplate, Marks, take_marks
 
-Message = dict[str, Any]
 Span = tuple[int, int]
 
-REASONING = ("reasoning_content", "reasoning", "thinking")
-_CONTENT, _THOUGHT, _CALL = range(3)
-_KINDS = ("content", "reasoning", "tool_calls")
-_FIRST_STRING = 2
-"""Mark ids below belong to tags."""
 _TAG_IT = "mark what the model writes in the template with {% generation %} ... {% endgeneration %}"
-
-
-class Refused(Exception):
-    """This conversation cannot be trained with this template: reason and cure."""
-
-    def __init__(self, reason: str, cure: str) -> None:
-        super().__init__(reason, cure)
-        self.reason, self.cure = reason, cure
-
-
-@dataclass(frozen=True)
-class Anchors:
-    """What the template writes around an assistant turn."""
-
-    prompt: str
-    """The generation prompt, `<|im_start|>assistant\\n`: the model writes what follows it."""
-    ends: tuple[str, ...]
-    """Tokens that end a turn: `<|im_end|>`; gpt-oss has one for the last turn, one for others, one for tool calls."""
-    specials: re.Pattern[str]
-    """Any special token."""
-    parts: bool = False
-    """The template takes content as a list of parts, not as a string."""
-
-    @cached_property
-    def control(self) -> tuple[str, ...]:
-        """Special tokens that make up turns: in a message they would forge one."""
-        return tuple(dict.fromkeys(self.specials.findall("".join(self.ends) + self.prompt)))
 
 
 class Turn(NamedTuple):
@@ -97,7 +71,7 @@ def locate(
         raise Refused(f"the text holds the noncharacter U+{ord(MARK):04X}", "remove it: no text may contain it")
     failure = ""
     for everything in (True, False):
-        marker = _Marker(template, anchors, everything)
+        marker = Marker(template, anchors, everything)
         marked = marker.messages(messages)
         try:
             rendered = template.render(marked, tools, extra, marking=True)
@@ -121,151 +95,24 @@ def _untrained(message: Message) -> Message:
     return {key: value for key, value in message.items() if key != "train"}
 
 
-def as_parts(message: Message) -> Message:
-    """String content as a list of one text part, as serving engines do for templates that take lists.
-
-    >>> as_parts({"role": "user", "content": "hi"})
-    {'role': 'user', 'content': [{'type': 'text', 'text': 'hi'}]}
-    """
-    content = message.get("content")
-    if not isinstance(content, str):
-        return message
-    return {**message, "content": [{"type": "text", "text": content}] if content else []}
-
-
-def refuse_forged(value: Any, index: int, control: Sequence[str]) -> None:
-    """Raises Refused where a text in a part of message `index` is that of a token which makes up turns."""
-    for text in _strings(value):
-        for token in control:
-            if token in text:
-                raise Refused(
-                    f"messages[{index}] holds the text of the control token {token}, which would forge a turn",
-                    f"remove it, or break it up: {token[:2]} {token[2:]}",
-                )
-
-
-class _Marker:
-    """Puts marks into a conversation. `everything`: other roles' contents and the names of tools too, which tell
-    template from content exactly; some templates compare those with something, so there is a second try without.
-
-    String k has the marks 2 + 2 * k before and 3 + 2 * k after it; `strings[k]` says whose it is.
-    """
-
-    def __init__(self, template: ChatTemplate, anchors: Anchors, everything: bool) -> None:
-        self._everything = everything
-        self._control = anchors.control
-        self._thought_tags = template.thought_tags
-        self.strings: list[tuple[int, int]] = []
-        """(message, kind)"""
-
-    def messages(self, messages: list[Message]) -> list[Message]:
-        return [self._message(i, message) for i, message in enumerate(messages)]
-
-    def _message(self, index: int, message: Message) -> Message:
-        content = message.get("content")
-        self._check(content, index)
-        marked = dict(message)
-        if message["role"] != "assistant":
-            if self._everything:
-                marked["content"] = self._content(content, index, ())
-            return marked
-        if content:
-            marked["content"] = self._content(content, index, self._thought_tags)
-        for key in REASONING:
-            if isinstance(message.get(key), str):
-                self._check(message[key], index)
-                marked[key] = self._wrapped(message[key], index, _THOUGHT)
-        if message.get("tool_calls"):
-            self._check(message["tool_calls"], index)
-            marked["tool_calls"] = [self._call(call, index) for call in message["tool_calls"]]
-        return marked
-
-    def _check(self, value: Any, index: int) -> None:
-        refuse_forged(value, index, self._control)
-
-    def _content(self, content: Any, index: int, tags: tuple[str, ...]) -> Any:
-        if isinstance(content, str):
-            for tag in tags:
-                if tag in content:
-                    return self._thoughtful(content, index)
-            return self._wrapped(content, index, _CONTENT)
-        if isinstance(content, list):
-            return [
-                {**part, "text": self._wrapped(part["text"], index, _CONTENT)}
-                if isinstance(part, dict) and isinstance(part.get("text"), str)
-                else part
-                for part in content
-            ]
-        return content
-
-    def _wrapped(self, text: str, index: int, kind: int) -> str:
-        """Marks go inside the outer white space, so that a template that strips does the same with and without."""
-        core = text.strip()
-        if not core:
-            return text
-        first = _FIRST_STRING + 2 * len(self.strings)
-        self.strings.append((index, kind))
-        if len(core) == len(text):
-            return mark(first) + text + mark(first + 1)
-        at = text.index(core)
-        return text[:at] + mark(first) + core + mark(first + 1) + text[at + len(core) :]
-
-    def _thoughtful(self, content: str, index: int) -> str:
-        """`<think> a </think> b` -> `<think> [a] </think> {b}`, [] marks a thought, {} content: templates cut there."""
-        pieces = re.split(f"({'|'.join(map(re.escape, self._thought_tags))})", content)
-        for i in range(0, len(pieces), 2):
-            thought = (i > 0 and not _closes(pieces[i - 1])) or (i + 1 < len(pieces) and _closes(pieces[i + 1]))
-            pieces[i] = self._wrapped(pieces[i], index, _THOUGHT if thought else _CONTENT)
-        return "".join(pieces)
-
-    def _call(self, call: Any, index: int) -> Any:
-        function = call.get("function", call)
-        keys = ("name", "arguments") if self._everything else ("arguments",)
-        marked = {**function, **{key: self._call_value(function[key], index) for key in keys if key in function}}
-        return {**call, "function": marked} if "function" in call else marked
-
-    def _call_value(self, value: Any, index: int) -> Any:
-        if isinstance(value, str):
-            return self._wrapped(value, index, _CALL)
-        if isinstance(value, dict):
-            return {key: self._call_value(item, index) for key, item in value.items()}
-        if isinstance(value, list):
-            return [self._call_value(item, index) for item in value]
-        return value
-
-
-def _closes(tag: str) -> bool:
-    return tag.startswith(("</", "[/"))
-
-
-def _strings(value: Any) -> Sequence[str]:
-    if isinstance(value, str):
-        return (value,)
-    if isinstance(value, dict):
-        return [text for item in value.values() for text in _strings(item)]
-    if isinstance(value, list):
-        return [text for item in value for text in _strings(item)]
-    return ()
-
-
 def _check_rendered(messages: list[Message], strings: list[tuple[int, int]], marks: Marks) -> None:
     """Nothing may be dropped silently, but thoughts of earlier turns, which reasoning templates drop by design."""
-    seen = {mark_id for mark_id, _ in marks if mark_id >= _FIRST_STRING}
+    seen = {mark_id for mark_id, _ in marks if mark_id >= FIRST_STRING}
     if len(seen) == 2 * len(strings):
         return
     last = next((i for i in reversed(range(len(messages))) if messages[i]["role"] in ("assistant", "user")), -1)
     missing, thought_of = [], set()
     for k, (index, kind) in enumerate(strings):
-        if not seen.issuperset((_FIRST_STRING + 2 * k, _FIRST_STRING + 2 * k + 1)):
+        if not seen.issuperset((FIRST_STRING + 2 * k, FIRST_STRING + 2 * k + 1)):
             missing.append((index, kind))
-        elif kind == _THOUGHT:
+        elif kind == THOUGHT:
             thought_of.add(index)
     for index, kind in missing:
         # Of `reasoning_content` and `thinking`, which many data sets carry both, a template reads one.
-        if kind == _THOUGHT and (index != last or index in thought_of):
+        if kind == THOUGHT and (index != last or index in thought_of):
             continue
         raise Refused(
-            f"the chat template does not render the {_KINDS[kind]} of messages[{index}] ({messages[index]['role']})",
+            f"the chat template does not render the {KINDS[kind]} of messages[{index}] ({messages[index]['role']})",
             "use a template that does (`renderer.chat_template_path`), or write it into the content, or remove it",
         )
 
@@ -275,9 +122,9 @@ def _contents(marks: Marks, strings: list[tuple[int, int]]) -> list[tuple[int, i
     contents: list[tuple[int, int, int]] = []
     seen: set[int] = set()
     for mark_id, position in marks:
-        message, kind = strings[(mark_id - _FIRST_STRING) // 2]
+        message, kind = strings[(mark_id - FIRST_STRING) // 2]
         if mark_id in seen:
-            if kind == _CALL:  # a call's name comes again in the header of its result (gpt-oss): the first time counts
+            if kind == CALL:  # a call's name comes again in the header of its result (gpt-oss): the first time counts
                 continue
             raise Refused("the loss mask cannot be proved: the template renders a content twice", _TAG_IT)
         seen.add(mark_id)
@@ -292,8 +139,8 @@ def _turns(
     text: str, marks: Marks, strings: list[tuple[int, int]], messages: list[Message], anchors: Anchors
 ) -> list[Turn]:
     """Assistant turns from marks; tags, where the template has some, must agree and decide where a turn begins."""
-    tags = _tags(marks) if any(mark_id < _FIRST_STRING for mark_id, _ in marks) else []
-    contents = _contents([m for m in marks if m[0] >= _FIRST_STRING] if tags else marks, strings)
+    tags = _tags(marks) if any(mark_id < FIRST_STRING for mark_id, _ in marks) else []
+    contents = _contents([m for m in marks if m[0] >= FIRST_STRING] if tags else marks, strings)
     if tags:
         _check_agreement(text, tags, marks, strings, messages)
     turns = []
@@ -347,8 +194,8 @@ def _check_agreement(
     """Tags must hold every character that an assistant message brought, and none that another message brought."""
     places: dict[int, list[int]] = {}
     for mark_id, position in marks:
-        if mark_id >= _FIRST_STRING:
-            places.setdefault((mark_id - _FIRST_STRING) // 2, []).append(position)
+        if mark_id >= FIRST_STRING:
+            places.setdefault((mark_id - FIRST_STRING) // 2, []).append(position)
     ends = [end for _, end in tags]
     for k, (start, *rest) in places.items():
         index = strings[k][0]

@@ -9,7 +9,8 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from burnish.data.rendering.locate import Anchors, Message, Refused, as_parts, locate, said
+from burnish.data.rendering.locate import locate, said
+from burnish.data.rendering.marker import Anchors, Message, Refused, as_parts
 from burnish.data.rendering.template import ChatTemplate, mark, take_marks
 
 _Q, _A = 4000, 4001

@@ -15,7 +15,8 @@ import time
 from typing import Any, BinaryIO
 
 from burnish.data.rendering.ask import ask, between, probe_turns, stops
-from burnish.data.rendering.locate import Anchors, Refused, locate, said
+from burnish.data.rendering.locate import locate, said
+from burnish.data.rendering.marker import Anchors, Refused
 from burnish.data.rendering.probe import learn, report
 from burnish.data.rendering.template import ChatTemplate
 

@@ -60,11 +60,19 @@ def finish(engine: LiveEngine, requests: Sequence[Request] = ()) -> dict[str, Co
     raise AssertionError("10,000 steps, and not finished")
 
 
-def policy_logprobs(model: PolicyModel, prompt: list[int], token_ids: list[int]) -> list[float]:
-    """Of a completion's tokens, by the policy's forward pass over the finished rollout."""
-    block = one_document(torch.tensor(prompt + token_ids))
+def policy_logprobs(
+    model: PolicyModel, prompt: list[int], token_ids: list[int], temperature: float | None = None
+) -> list[float]:
+    """Of a completion's tokens, by the policy's forward pass over the finished rollout.
+
+    Args:
+        temperature: absent: the model's own.
+    """
+    block, own = one_document(torch.tensor(prompt + token_ids)), model.temperature
+    model.temperature = own if temperature is None else temperature
     with torch.no_grad():
         outputs = model(block, needs=frozenset({"logprobs"}), reads=block.loss_mask)
+    model.temperature = own
     return outputs.logprobs[len(prompt) :].tolist()
 
 

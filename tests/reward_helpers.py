@@ -96,6 +96,19 @@ def forks(completions: list[str], folder: str, **columns: Any) -> list[float]:
     return length(completions)
 
 
+def leaves_the_session(completions: list[str], folder: str, **columns: Any) -> list[float]:
+    """Starts a shell in a session of its own, and that a sleeper; then hangs."""
+    command = f"sleep 1000 & touch {folder}/$$ {folder}/$!; wait"
+    subprocess.Popen(["sh", "-c", command], start_new_session=True)
+    time.sleep(1000)
+    return []
+
+
+def tells_its_environment(completions: list[str], **columns: Any) -> list[float]:
+    """Whether it knows the variable of a completion's name."""
+    return [float(each in os.environ) for each in completions]
+
+
 def _never_mind() -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
         signal.signal(number, signal.SIG_IGN)

@@ -196,7 +196,7 @@ class FileEnd:
         (self._folder / f"weights-{version}.json").write_text(json.dumps(found))
         return {"version": version, "digest": digest_of(found), "adapter_only": adapter_only}
 
-    def receive(self, parcel: dict[str, Any]) -> Arrived:
+    def receive(self, parcel: dict[str, Any], alive: Any = None) -> Arrived:
         path = self._folder / f"weights-{parcel['version']}.json"
         if not path.exists():
             raise SyncFailed(f"{path.name} is not there")

@@ -27,7 +27,10 @@ OBJECT_STORE_BYTES = 80 << 20
 """Of a cluster that is started here: nothing of a run goes through it, and Ray asks for 75 MiB at least."""
 
 SECRETS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-"""What opens the cluster is not for the code of a run."""
+"""What opens the cluster is not for the code of a run, but for a rank whose engines stand on it too."""
+
+OF_LAUNCH = "BURNISH_RAY_ADDRESS"
+"""In a rank that Ray has placed, and whose recipe has engines on Ray: the address of that cluster."""
 
 
 class Cluster(NamedTuple):

@@ -129,7 +129,8 @@ class Rollout:
     """`length`: its last turn was cut off."""
     num_turns: int = 1
     failed: tuple[str, ...] = ()
-    """Names of rewards that hung, raised or were no number, and stand at their `failed_value`."""
+    """Names of rewards that hung, raised or were no number, and stand at their `failed_value`; and `environment`, where
+    a call of it failed and the episode ended there."""
 
     @property
     def num_sampled(self) -> int:

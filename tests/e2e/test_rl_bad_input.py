@@ -96,6 +96,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str, str]] = {
         {"top": {"launch": {"type": "processes", "num_workers": 2}}},
         "workflow.rollout.workers", "cut over several ranks", "`{type: processes, num_workers: 1}`",
     ),
+    "patience": (
+        rollout(max_silence_seconds=10), "workflow.rewards.0.seconds", "a call may take 10 s", "max_silence_seconds",
+    ),
     "rollback": (
         {"top": {"anomaly": {"action": "rollback"}}}, "anomaly.action", "sampled anew", "set it to skip or stop",
     ),

@@ -110,6 +110,18 @@ def refusals(live: LiveEngine, policy: PolicyModel) -> dict[str, str]:
     return said
 
 
+def elsewhere(live: LiveEngine, policy: PolicyModel) -> str:
+    """What is said of an adapter of layers whose names end as vLLM's do."""
+    weights = Published(policy, 99)
+    weights.named = [(f"language_model.{name}", tensor) for name, tensor in weights.named]
+    weights.digest = digest_of(weights.named)
+    try:
+        live.update_weights(weights)
+    except SyncFailed as error:
+        return f"{live.version} {error}"
+    return "taken"
+
+
 def refused(do: Callable[[], Any]) -> str:
     try:
         do()
@@ -130,12 +142,13 @@ def main(path: str, kind: str) -> dict[str, Any]:
         setup,
         lambda version: Published(policy, version),
         prompts=PROMPTS,
-        reference=lambda prompt, token_ids: policy_logprobs(policy, prompt, token_ids),
+        reference=lambda prompt, token_ids, heat: policy_logprobs(policy, prompt, token_ids, heat),
     )
     answer: dict[str, Any] = {"findings": [f"{finding.check}: {finding.reason}" for finding in findings]}
     answer["argument"] = refused(lambda: VLLM(engine_args={"block_sise": 16}).open(setup))
     answer["start"] = refused(lambda: VLLM(kv_cache_gib=1e-4, max_num_seqs=4).open(setup))
-    live = engine.open(setup)
+    live: Any = engine.open(setup)
+    answer["elsewhere"] = elsewhere(live, policy) if kind == "adapter" else ""
     answer["token"] = refused(lambda: live.submit([asked([3, 320], 0)]))
     answer["drifts"] = drifts(live, policy)
     answer["refusals"] = refusals(live, policy)
@@ -144,6 +157,7 @@ def main(path: str, kind: str) -> dict[str, Any]:
     request = asked(PROMPTS[1], 1, 60).__class__("stop", PROMPTS[1], 1, sampling)
     (answer["stopped"],) = [[each.token_ids, each.finish_reason] for each in finish(live, [request]).values()]
     live.close()
+    answer["left"] = live._folder.exists()
     return answer
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from burnish.launch.ray import Ray
-from tests import tiny_run
+from tests import rl_helpers, tiny_run
 from tests.e2e_helpers import events
 from tests.ranks import free_port
 from tests.ray_helpers import opened
@@ -209,6 +209,36 @@ def test_a_recipe_has_the_losses_of_torchrun_however_it_is_disturbed(tiny_model,
     assert tiny_run.losses(run_dir) == tiny_run.losses(tmp_path / "torchrun")
     assert exported(run_dir) == exported(tmp_path / "torchrun")
     assert "SYSTEM_ERROR" not in log.read_text() and "(raylet)" not in log.read_text()
+
+
+def test_ranks_and_engines_stand_on_one_cluster(tiny_model, tmp_path):
+    """Rank 0 holds the token for its engines' sake. Killed, it and its engine come back, and no prompt is lost."""
+    rollout = {
+        "group_size": 2,
+        "max_policy_lag": 1,
+        "engine": {"type": "fake", "tokens": [[100, 101, 2], [102, 103, 2]], "seconds_per_token": 0.02},
+        "workers": {"type": "ray", "num_workers": 1},
+        "alignment": {"action": "warn"},
+    }
+    changes = rl_helpers.changes(rl_helpers.write_prompts(tmp_path), rollout=rollout)
+    blocks = tiny_run.recipe(tiny_model, tmp_path / "prompts.jsonl", tmp_path / "run")
+    blocks |= changes | {"data": blocks["data"] | changes["data"], "num_steps": 30}
+    blocks["launch"] = {"type": "ray", "num_workers": 2}
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    path, log, run_dir = tiny_run.write_recipe(tmp_path / "run.yaml", blocks), tmp_path / "run.log", tmp_path / "run"
+    with log.open("wb") as output:
+        driver = subprocess.Popen(
+            [sys.executable, "-m", "burnish", "train", path], env=outside, stdout=output, stderr=subprocess.STDOUT
+        )
+    try:
+        metrics = run_dir / "metrics.jsonl"
+        wait_until(lambda: metrics.exists() and len(tiny_run.read_metrics(run_dir)) >= 5, 180.0)
+        os.kill(int((run_dir / "run.lock").read_text().split()[1]), signal.SIGKILL)
+        assert driver.wait(180) == 0, log.read_text()
+    finally:
+        driver.kill()
+    assert len(events(run_dir, "restarted")) == 1 and len(events(run_dir, "rollout_worker_started")) == 2
+    assert rl_helpers.trained(run_dir) == dict.fromkeys(range(120), 1)
 
 
 def exported(run_dir: Path) -> dict[str, bytes]:

@@ -41,6 +41,10 @@ def test_vllm_keeps_the_contract_of_an_engine(model: Path, kind: str):
     assert "came twice" in refusals["twice"] and "is not what was sent" in refusals["swapped"]
     assert "no argument 'block_sise'" in answer["argument"] and "did you mean `block_size`?" in answer["argument"]
     assert "vLLM does not start" in answer["start"] and "KV cache" in answer["start"]
+    if kind == "adapter":
+        assert answer["elsewhere"].startswith("-1 ")
+        assert "has no such layers to apply the adapter to: language_model.model.layers.0." in answer["elsewhere"]
+    assert answer["left"] is False
     assert "320 tokens, and 320 is none of them" in answer["token"]
     token_ids, reason = answer["stopped"]
     text = AutoTokenizer.from_pretrained(model).decode(token_ids)

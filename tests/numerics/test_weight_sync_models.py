@@ -137,6 +137,23 @@ def test_in_bfloat16_the_worker_has_what_the_trainer_computes_with(adapter, tiny
         assert torch.equal(logprobs(worker), logprobs(trainer))
 
 
+def test_a_buffer_is_not_rounded_on_its_way(tmp_path):
+    """What chooses the experts is float32 in a bfloat16 model. 0.1 + 0.001 i is no bfloat16 number."""
+    bias = 0.1 + 0.001 * torch.arange(4.0)
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_shared_experts": 1}
+    causal_lm = tiny_model("glm4_moe", n_group=1, topk_group=1, first_k_dense_replace=1, head_dim=8, **experts)
+    causal_lm.model.layers[1].mlp.gate.e_score_correction_bias.copy_(bias)
+    causal_lm.save_pretrained(tmp_path / "model")
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    with open_mesh("cpu") as mesh:
+        config = ModelConfig(path=str(tmp_path / "model"), dtype="bfloat16")
+        trainer, worker = (load_model(config, mesh, seed=0, frozen=frozen) for frozen in (False, True))
+        sent = dict(copied(trainer))
+        assert torch.equal(sent[name], bias) and sent["model.norm.weight"].dtype == torch.bfloat16
+        load_into(worker, InMemory(list(sent.items())))
+    assert torch.equal(worker.state_dict()[name], bias)
+
+
 def test_the_folder_of_a_version_is_a_model_that_transformers_loads(tmp_path):
     trainer = plain("qwen3_moe", seed=1)
     base = tmp_path / "base"

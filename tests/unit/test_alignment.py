@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from burnish.errors import SyncFailed
 from burnish.rollout.alignment import Alignment, judge, measure
+from burnish.rollouts import Prompt, SamplingParams
+from burnish.workflows.rollout_probe import Probe
 
 
 def test_of_four_tokens_by_hand():
@@ -97,3 +103,74 @@ def test_a_small_difference_of_all_tokens_is_too_much():
     """What a stale head does in bfloat16: 0.4 everywhere, where rounding reaches 1.0 at one token in a hundred."""
     assert not judge(measure(TOKENS, TOKENS + 0.4 * SIGNS), 1.0).aligned
     assert judge(measure(TOKENS, TOKENS + np.where(np.arange(16) == 5, 0.9, 0.04 * SIGNS)), 1.0).aligned
+
+
+@dataclass
+class Asked:
+    """A run's rollouts as far as a probe goes: a fleet of `num_workers`, whose engines draw `said` for each prompt."""
+
+    num_workers: int
+    said: list[float]
+    version: int = 0
+    probes: list[list[Prompt]] = field(default_factory=list)
+
+    def sample(self, prompts: Any, params: SamplingParams, size: int, kind: str) -> list[Prompt]:
+        self.probes.append(prompts(self))
+        return self.probes[-1]
+
+    @property
+    def fleet(self) -> Asked:
+        return self
+
+    def probe_prompts(self, count: int) -> list[Prompt]:
+        return [Prompt(place, "", [10 + place], None) for place in range(count)]
+
+    def packed(self, groups: list[Prompt]) -> Any:
+        self.blocks = self.said * len(groups)
+        return self
+
+    @property
+    def policy(self) -> Asked:
+        return self
+
+    def logprobs(self, blocks: list[float], *, trained_only: bool) -> list[float]:
+        return blocks
+
+    def read(self, column: list[float]) -> torch.Tensor:
+        return torch.tensor(column)
+
+    def read_column(self, name: str) -> torch.Tensor:
+        return torch.tensor(self.blocks)
+
+
+def probe_of(**alignment: Any) -> Probe:
+    return Probe(Alignment(**alignment), 1e-3, SamplingParams(max_new_tokens=4), lambda *_, **__: None)
+
+
+def test_a_probe_comes_at_the_start_behind_the_first_update_and_every_so_often():
+    rollouts: Any = Asked(1, [-1.0])
+    probe, counts = probe_of(every=3), list[int]()
+    for version in range(8):
+        probe.after_sync(rollouts, first=version == 0)
+        counts.append(len(rollouts.probes))
+    assert counts == [1, 2, 2, 3, 3, 3, 4, 4]
+    probe.after_sync(rollouts, first=True)  # after a resume
+    probe.after_sync(rollouts, first=False)
+    assert len(rollouts.probes) == 6
+
+
+@pytest.mark.parametrize(("num_workers", "asked"), [(1, [10, 11]), (5, [10, 11, 10, 11, 10])])
+def test_a_probe_has_a_prompt_for_every_worker(num_workers: int, asked: list[int]):
+    rollouts: Any = Asked(num_workers, [-1.0])
+    probe_of(num_prompts=2).after_sync(rollouts, first=True)
+    (prompts,) = rollouts.probes
+    assert [prompt.token_ids for prompt in prompts] == [[token] for token in asked]
+    assert [prompt.index for prompt in prompts] == list(range(len(asked)))  # by which they are named and seeded
+
+
+def test_an_engine_that_samples_nothing_is_not_aligned():
+    rollouts: Any = Asked(1, [])
+    probe = probe_of()
+    with pytest.raises(SyncFailed, match="after the sync of policy 0, .* the engine sampled nothing"):
+        probe.after_sync(rollouts, first=True)
+    assert probe.last is None

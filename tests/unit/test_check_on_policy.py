@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -177,9 +178,24 @@ def test_tokens_that_end_a_turn(tmp_path, capsys, blocks, tiny_model: Path):
 
 def test_what_an_engine_cannot_sample_from_is_refused(tmp_path, capsys, blocks):
     blocks["workflow"]["rollout"] |= {"engine": {"type": "vllm", "enable_lora": True}, "workers": {"type": "processes"}}
-    blocks["model"]["adapter"] = {"type": "lora", "r": 4, "use_dora": True}
-    [refused] = lines(check(tmp_path, capsys, blocks), "refused", "engine")
-    assert "without DoRA" in refused
+    blocks["model"]["adapter"] = {"type": "lora", "r": 4, "use_dora": True, "lora_dropout": 0.1}
+    report = check(tmp_path, capsys, blocks)
+    unfit, *others = lines(report, "refused", "engine")
+    assert "without DoRA" in unfit and not lines(report, "ok", "engine")
+    installed = find_spec("vllm") is not None
+    assert others == ["workflow.rollout.engine: vLLM is not installed in this environment"] * (not installed)
+    [dropout] = lines(report, "warning", "engine")
+    assert dropout.endswith("lora_dropout: 0.1 has no effect")
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
+def test_what_is_not_installed_here_may_be_on_a_cluster_s_nodes(tmp_path, capsys, blocks):
+    ray = {"workers": {"type": "ray", "address": "auto"}, "sync": {"type": "broadcast"}}
+    blocks["workflow"]["rollout"] |= {"engine": {"type": "vllm"}, **ray}
+    report = check(tmp_path, capsys, blocks)
+    [warned] = lines(report, "warning", "engine")
+    assert warned == "vLLM is not installed in this environment; the cluster's nodes must have it"
+    assert not lines(report, "refused")
 
 
 def test_items_end_no_turn(tmp_path, capsys):

@@ -106,7 +106,7 @@ def test_the_embedded_engine_conforms() -> None:
         HandWeights,
         prompts=prompts(4, 3),
         model=model,
-        reference=lambda prompt, token_ids: policy_logprobs(model, prompt, token_ids),
+        reference=lambda prompt, token_ids, temperature: policy_logprobs(model, prompt, token_ids, temperature),
         tolerance=1e-5,
     )
     assert found == []
@@ -134,8 +134,11 @@ def test_a_defect_is_found_by_its_check(defect: str, check: str) -> None:
 
 
 def test_an_engine_of_other_log_probabilities_is_found() -> None:
-    found = findings(Fake(tokens=SCRIPT), reference=lambda _prompt, token_ids: [-1.2] * len(token_ids))
-    assert found == [Finding("reference", "a log-probability is 0.2 from the reference's, more than 0.0001")]
+    found = findings(Fake(tokens=SCRIPT), reference=lambda _prompt, token_ids, heat: [-1.2 * heat] * len(token_ids))
+    assert found == [
+        Finding("reference", "a log-probability is 0.2 from the reference's, more than 0.0001"),
+        Finding("temperature", "at temperature 0.5 a log-probability is 0.4 from the reference's, more than 0.0001"),
+    ]
 
 
 def test_the_fake_engine_says_its_script_for_as_long_as_it_was_told() -> None:

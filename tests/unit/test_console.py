@@ -84,6 +84,15 @@ def test_a_run_outlives_whoever_watches_it():
             assert (done.returncode, done.stderr) == (0, b"went on\n")
 
 
+def test_a_character_that_the_output_has_not_is_written_as_in_python():
+    """An environment's words, in an event: half of a pair of UTF-16, and Cyrillic in a log of Latin-1."""
+    for encoding, shown in (("utf-8", "said \\udc80 да"), ("latin-1", "said \\udc80 \\u0434\\u0430")):
+        output = io.TextIOWrapper(io.BytesIO(), encoding)
+        Console(2, output=output).note("said \udc80 да")
+        output.seek(0)
+        assert output.read() == shown + "\n"
+
+
 def test_summary_shows_the_well_known_in_a_fixed_order():
     metrics = {"mfu": 0.5, "unknown": 1.0, "learning_rate": 0.0001, "loss": float("nan"), "grad_norm": 12.3456}
     assert summary(metrics) == "loss nan  grad_norm 12.3  lr 1.00e-04  mfu 50.0%"

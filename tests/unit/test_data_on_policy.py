@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +121,15 @@ def test_rollouts_for_people(run: Path, capsys: pytest.CaptureFixture[str]):
     early = told(capsys, run, "--rollouts", "--step", "2", "-n", "1")
     assert "  0: reward 1 of right 1, brief 0.5 | advantage +1.5 | 3 tokens, stop\n4\\x1b[2J\n" in early
     assert early.endswith(f"step 2 of {run}: 1 of 2 prompts; steps 2 and 12 kept\n")
+
+
+def test_rollouts_that_the_terminal_has_no_letters_for(run: Path):
+    said = {"index": 0, "where": "t.jsonl:1", "prompt": "\udc80", "rollouts": [rollout("да", 1.0, None)]}
+    tiny_run.write_jsonl(run / "rollouts" / "step-000013.jsonl", [said])
+    command = [sys.executable, "-m", "burnish", "data", str(run), "--rollouts"]
+    told = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "latin-1"}, capture_output=True, timeout=60)
+    assert (told.returncode, told.stderr) == (0, b"")
+    assert b"prompt 0\n\\udc80\n" in told.stdout and b"\n\\u0434\\u0430\n" in told.stdout
 
 
 def test_rollouts_as_json(run: Path, capsys: pytest.CaptureFixture[str]):

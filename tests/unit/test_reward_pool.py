@@ -114,7 +114,7 @@ def faults() -> tuple[dict[str, list[float]], dict[str, list[bool]], dict[str, f
     rewards.append(function("too_few", name="wrong_length", failed_value=-1))
     with pool_of(rewards, num_workers=2) as (pool, _):
         scores = scored(pool, drafts("aa", "bad", "cccc"))
-        facts = pool.facts()
+        facts = pool.facts() | {"signs_of_life": pool.signs_of_life}
     values = {name: [score.terms[name] for score in scores] for name in pool.names}
     return values, {name: [name in score.failed for score in scores] for name in pool.names}, facts
 
@@ -131,6 +131,14 @@ def test_failures_and_restarts_are_counted(faults: Any) -> None:
     assert facts["reward_failures"] == len(FAULTS) + 1
     # Hangs: once with the group and once alone; deaths: once more, for it might have been something else.
     assert facts["reward_restarts"] == 2 * len(HANGS) + 3 * len(("dies", "crashes"))
+
+
+def test_every_call_that_comes_to_an_end_is_a_sign_of_life(faults: Any) -> None:
+    """A verifier that hangs for each rollout alone finishes no group for long, and is not silent."""
+    # By group and alone: 4 calls for a hang, an exception and a wrong length, 5 for a death, 2 for what is no number.
+    calls = 4 * len(HANGS) + 4 * len(("raises", "exits", "wrong_length")) + 5 * len(("dies", "crashes")) + 2 * 6
+    opened = 2 + faults[2]["reward_restarts"]
+    assert calls == 42 and faults[2]["signs_of_life"] >= calls + opened - 2  # the last may not be open yet
 
 
 def test_a_reward_that_always_fails_is_told_once_and_the_run_goes_on() -> None:
@@ -173,6 +181,24 @@ def test_forks_neither_answer_nor_outlive_the_pool(tmp_path: Path) -> None:
         assert len(children) == 6
         assert sum(map(is_alive, children)) >= 3
     wait_until(lambda: not any(map(is_alive, children)))
+
+
+def test_what_a_reward_starts_in_a_session_of_its_own_ends_with_it(tmp_path: Path) -> None:
+    with pool_of([function("leaves_the_session", arguments={"folder": str(tmp_path)}, seconds=60)]) as (pool, _):
+        pool.score("group", prompt(), drafts("aa"))
+        pool.poll(0)
+        wait_until(lambda: len(os.listdir(tmp_path)) == 2)
+        started = [int(name) for name in os.listdir(tmp_path)]
+        assert all(map(is_alive, started)) and pool.pids[0] not in started
+    wait_until(lambda: not any(map(is_alive, started)))
+
+
+def test_rewards_know_neither_the_rank_nor_the_cluster_s_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "RAY_AUTH_TOKEN", "JUDGE_URL"]
+    for name in names:
+        monkeypatch.setenv(name, "1")
+    with pool_of([function("tells_its_environment")]) as (pool, _):
+        assert [score.reward for score in scored(pool, drafts(*names))] == [0.0] * 6 + [1.0]
 
 
 def test_a_killed_process_loses_nothing(tmp_path: Path) -> None:

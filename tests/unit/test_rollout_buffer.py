@@ -41,11 +41,11 @@ def test_what_is_left_out_makes_room_for_the_next_prompt_and_is_counted():
     assert buffer.reserve() == 2
     buffer.commit(group(2, 0))
     assert buffer.take() is None
-    buffer.leave_out(1, "dropped: too long")
-    assert buffer.reserve() == 3
+    buffer.pass_over(1, "too long")
+    assert buffer.reserve() == 3 and buffer.drawn_since_take == 3  # it was never asked
     buffer.commit(group(3, 0))
     assert [g.prompt.index for g in buffer.take() or []] == [2, 3]
-    assert (buffer.frontier, buffer.counts) == (4, {"uniform": 1, "dropped: too long": 1, "trained": 2})
+    assert (buffer.frontier, buffer.counts) == (4, {"uniform": 1, "too long": 1, "trained": 2})
 
 
 def test_the_last_step_of_the_last_epoch_has_fewer_groups():
@@ -70,6 +70,25 @@ def test_a_group_that_grew_too_old_is_sampled_again_before_anything_new():
     buffer.commit(group(0, version=2))
     assert [g.version for g in buffer.take() or []] == [2]
     assert buffer.counts == {"sampled again": 1, "trained": 1}
+
+
+def test_where_sampling_and_training_take_turns_only_what_stands_before_a_step_s_last_group_is_left_out():
+    buffer = Buffer(per_step=2, ahead=6, in_turns=True)
+    assert [buffer.reserve() for _ in range(6)] == [0, 1, 2, 3, 4, 5]
+    for index in (1, 4, 3):
+        buffer.leave_out(index, "uniform")
+    buffer.pass_over(5, "too long")
+    for index in (0, 2):
+        buffer.commit(group(index, 0))
+    assert [g.prompt.index for g in buffer.take() or []] == [0, 2]
+    assert (buffer.frontier, buffer.counts["uniform"], buffer.state()["left_out"]) == (3, 1, [5])
+    buffer.published()
+    assert [buffer.reserve() for _ in range(3)] == [3, 4, 6]
+    buffer.leave_out(3, "uniform")
+    for index in (4, 6):
+        buffer.commit(group(index, 1))
+    assert [g.prompt.index for g in buffer.take() or []] == [4, 6]
+    assert (buffer.frontier, buffer.counts["uniform"]) == (7, 2)
 
 
 def test_a_resume_keeps_finished_groups_and_begins_the_others_again():

@@ -6,166 +6,25 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 
 from burnish.environments.base import Observation
 from burnish.errors import DataError, RunFailed
-from burnish.rewards.pool import CallFailed, Draft, Score
-from burnish.rollout.collector import Collector
-from burnish.rollout.config import RolloutConfig
-from burnish.rollouts import Completion, Prompt, Request, RolloutGroup, SamplingParams
-
-STOP = 2
-
-
-class ScriptedFleet:
-    """Answers a request, when it is asked to, with `say(request)` and `STOP`, drawn by the version that is told."""
-
-    def __init__(self, say: Callable[[Request], list[int]] = lambda request: [10]) -> None:
-        self.say, self.version, self.holds = say, 0, False
-        self.asked: list[Request] = []
-        self.all: list[str] = []
-        self.hurried: list[str] = []
-        self.finished: list[Completion] = []
-
-    def submit(self, requests: Sequence[Request], *, first: bool = False) -> None:
-        self.asked += requests
-        self.all += [request.request_id for request in requests]
-        self.hurried += [request.request_id for request in requests if first]
-        if not self.holds:
-            self.answer(*[request.request_id for request in requests])
-
-    def answer(self, *names: str) -> None:
-        for name in names:
-            (request,) = [each for each in self.asked if each.request_id == name]
-            self.asked.remove(request)
-            self.finished.append(self.said(request))
-
-    def said(self, request: Request) -> Completion:
-        whole = [*self.say(request), STOP]
-        token_ids = whole[: request.params.max_new_tokens]
-        logprobs = [-float(token) for token in token_ids]
-        reason = "stop" if len(token_ids) == len(whole) else "length"
-        return Completion(request.request_id, token_ids, logprobs, [self.version] * len(token_ids), reason)
-
-    def poll(self, seconds: float) -> list[Completion]:
-        finished, self.finished = self.finished, []
-        return finished
-
-    def abort(self) -> None:
-        self.asked.clear()
-        self.finished.clear()
-
-    def __getattr__(self, name: str) -> Any:
-        raise AssertionError(f"a collector was not expected to ask for {name}")
-
-
-class ScriptedJudges:
-    """A rollout is worth the sum of its sampled tokens but `STOP`; the environment is `react(state, action)`."""
-
-    def __init__(self, react: Callable[[Any, str], Any] = lambda state, action: Observation([], None, done=True)):
-        self.react, self.finished, self.holds = react, list[tuple[str, Any]](), False
-        self.scored: list[str] = []
-        self.drafts: dict[str, Sequence[Draft]] = {}
-
-    def score(self, key: str, prompt: Prompt, drafts: Sequence[Draft]) -> None:
-        self.scored.append(key)
-        self.drafts[key] = drafts
-        said = []
-        for draft in drafts:
-            own = float(sum(token for token in draft.token_ids if token != STOP))
-            said.append(Score({"sum": own, **draft.terms}, own + sum(draft.terms.values()), draft.failed))
-        self.finished.append((key, said))
-
-    def reset(self, key: str, row: dict[str, Any], seed: int) -> None:
-        self.finished.append((key, self.react({"start": row["start"], "seed": seed}, "reset")))
-
-    def step(self, key: str, state: Any, action: str) -> None:
-        self.finished.append((key, self.react(state, action)))
-
-    def poll(self, seconds: float) -> list[tuple[str, Any]]:
-        if self.holds:
-            time.sleep(seconds)
-            return []
-        finished, self.finished = self.finished, []
-        return finished
-
-    def abort(self) -> None:
-        self.finished.clear()
-
-    @property
-    def num_unfinished(self) -> int:
-        return len(self.finished)
-
-
-class Words:
-    """Tokens are said as their numbers; what an environment says is tokenised as the numbers in it."""
-
-    stop_token_ids = (STOP,)
-
-    def text(self, token_ids: Sequence[int]) -> str:
-        return " ".join(str(token) for token in token_ids if token != STOP)
-
-    def said(self, prompt: Prompt, turns: Sequence[Any]) -> str:
-        return " | ".join(self.text(turn) for turn in turns[::2])
-
-    def observe(self, prompt: Prompt, turns: Sequence[Any], messages: list[dict[str, Any]]) -> list[int]:
-        return [int(word) for message in messages for word in message["content"].split()]
-
-    def prompts(self, rows: Any, first_index: int) -> Any:
-        raise AssertionError("prompts come from `prompt_at`")
-
-
-def prompt_at(index: int) -> Prompt | str | None:
-    return Prompt(index, f"rows.jsonl:{index}", [1, 100 + index], "?", {"start": index})
-
-
-def collector(fleet: ScriptedFleet, judges: ScriptedJudges | None = None, **fields: Any) -> Collector:
-    """Two prompts a step, two rollouts each; it begins with the weights of version 0."""
-    places = {name: fields.pop(name) for name in ("prompt_at", "per_step", "max_length", "max_turns") if name in fields}
-    interactive = fields.pop("interactive", False)
-    settings = {"group_size": 2, "sampling": SamplingParams(max_new_tokens=4)} | fields
-    made = Collector(
-        config=RolloutConfig(**settings),
-        fleet=fleet,
-        judges=judges or ScriptedJudges(),
-        dialogue=Words(),
-        interactive=interactive,
-        seed=5,
-        **({"prompt_at": prompt_at, "per_step": 2, "max_length": 32} | places),
-    )
-    made.published(0)
-    return made
-
-
-def collected(made: Collector, most: int = 100) -> list[RolloutGroup]:
-    """The next step's groups."""
-    for _ in range(most):
-        if (groups := made.take()) is not None:
-            return groups
-        made.pump(0.0)
-    raise AssertionError(made.waits_for())
-
-
-def sampled(made: Collector, names: list[str]) -> list[RolloutGroup]:
-    """Groups that were begun beside those that are trained."""
-    for _ in range(100):
-        if (groups := made.finished(names)) is not None:
-            return groups
-        made.pump(0.0)
-    raise AssertionError(made.waits_for())
-
-
-def indices(groups: Sequence[RolloutGroup]) -> list[int]:
-    return [group.prompt.index for group in groups]
-
-
-def number(request: Request) -> list[int]:
-    """The rollout's own: 10 for the first of its group, 11 for the second."""
-    return [10 + int(request.request_id.split(".")[1])]
+from burnish.rewards.pool import CallFailed
+from burnish.rollouts import Prompt, Request, SamplingParams
+from tests.collector_helpers import (
+    STOP,
+    ScriptedFleet,
+    ScriptedJudges,
+    collected,
+    collector,
+    indices,
+    number,
+    prompt_at,
+    sampled,
+)
 
 
 def test_one_turn_is_asked_sampled_and_rewarded():
@@ -262,6 +121,18 @@ def test_an_environment_that_fails_ends_its_episode_and_not_the_run():
     assert made.environment_failures == 2
 
 
+def test_an_environment_that_says_what_cannot_be_said_ends_its_episode_and_not_the_run():
+    def speechless(state: Any, action: str) -> Any:
+        return state if action == "reset" else Observation([{"content": None if state["start"] == 0 else "7"}], state)
+
+    judges = ScriptedJudges(speechless)
+    made = collector(ScriptedFleet(), judges, interactive=True, max_turns=2, group_size=1)
+    bad, good = [group.rollouts[0] for group in collected(made)]
+    assert (bad.token_ids[2:], bad.num_turns, bad.failed) == ([10, STOP], 1, ("environment",))
+    assert (good.token_ids[2:], good.failed) == ([10, STOP, 7, 10, STOP], ())
+    assert (made.environment_failures, judges.misheard) == (1, [("rows.jsonl:0", "the tool turn has no content")])
+
+
 def test_the_order_in_which_completions_arrive_changes_nothing():
     expected = collected(collector(ScriptedFleet(number)))
     for seed in range(20):
@@ -344,6 +215,30 @@ def test_what_moves_now_and_then_is_not_silent():
     assert indices(collected(made)) == [0]
 
 
+def test_a_verifier_that_hangs_for_one_rollout_after_the_other_is_not_silent():
+    judges = ScriptedJudges()
+    judges.holds = True
+    made = collector(ScriptedFleet(), judges, max_silence_seconds=0.2, per_step=1)
+    until = time.monotonic() + 0.5
+    while time.monotonic() < until:
+        made.pump(0.02)
+        judges.signs_of_life += 1
+    with pytest.raises(RunFailed, match=r"waiting for the rewards of 1 \(0\)"):
+        while time.monotonic() < until + 10:
+            made.pump(0.02)
+
+
+def test_time_in_which_nobody_looked_is_no_silence():
+    fleet = ScriptedFleet()
+    made = collector(fleet, max_silence_seconds=0.2, per_step=1)
+    fleet.holds = True
+    made.pump(0.0)
+    time.sleep(0.3)  # the process was suspended
+    made.pump(0.0)
+    fleet.answer(*list(fleet.all))
+    assert indices(collected(made)) == [0]
+
+
 def every_third(index: int) -> Prompt | str | None:
     return None if index > 7 else prompt_at(index) if index % 3 == 0 else "prompt longer than 5 tokens"
 
@@ -362,6 +257,55 @@ def test_groups_that_teach_nothing_end_the_run_at_last():
     made = collector(ScriptedFleet(), drop_uniform=True, max_draws=3)
     with pytest.raises(RunFailed, match=r"9 prompts were asked for a step of 2.*so far: 8 uniform\n  cure: "):
         collected(made)
+
+
+def test_prompts_that_are_never_asked_are_no_draws():
+    """84 rows in a row were too long, and `drop_uniform` was named as the cure."""
+    made = collector(ScriptedFleet(), prompt_at=lambda index: prompt_at(index) if index >= 100 else "too long")
+    assert indices(collected(made)) == [100, 101]
+    assert made.buffer.counts == {"trained": 2, "too long": 100}
+
+
+def test_what_grew_too_old_before_a_prompt_that_cannot_be_asked_is_sampled_again():
+    def eighth_is_bad(index: int) -> Prompt | str | None:
+        if index == 7:
+            raise DataError("the prompt has 90 tokens", where="rows.jsonl:7")
+        return prompt_at(index)
+
+    fleet = ScriptedFleet()
+    made = collector(fleet, prompt_at=eighth_is_bad, max_policy_lag=1, on_stale="drop")
+    steps = []
+    for version in (1, 2, 3):
+        made.pump(0.0)  # 0 to 5 by version 0; 6, and 7 which cannot be asked, by version 1
+        steps.append(indices(collected(made)))
+        fleet.version = version
+        made.published(version)
+    assert steps == [[0, 1], [2, 3], [4, 5]] and fleet.all.count("4.0.0") == 2
+    with pytest.raises(DataError, match="rows.jsonl:7"):
+        collected(made)
+
+
+@pytest.mark.parametrize("first", ["0.0.0", "2.0.0"])
+def test_what_a_step_trains_is_not_left_to_which_surplus_group_was_finished_in_time(first: str):
+    """Of four prompts the two first are trained; the third teaches nothing to version 0, and something to version 1."""
+
+    def say(request: Request) -> list[int]:
+        index, number = (int(part) for part in request.request_id.split(".")[:2])
+        return [10 if index == 2 and fleet.version == 0 else 10 + number]
+
+    fleet = ScriptedFleet(say)
+    made = collector(fleet, oversample=2.0, drop_uniform=True)
+    fleet.holds = True
+    made.pump(0.0)
+    rest = {"0.0.0": ["0.1.0", "1.0.0", "1.1.0"], "2.0.0": ["2.1.0", "0.0.0", "0.1.0", "1.0.0", "1.1.0"]}[first]
+    for name in [first, *rest]:
+        fleet.answer(name)
+        made.pump(0.0)
+    assert indices(made.take() or []) == [0, 1]
+    made.interrupt()
+    made.published(1)
+    fleet.version, fleet.holds = 1, False
+    assert indices(collected(made)) == [2, 3] and made.buffer.counts["uniform"] == 0
 
 
 def test_a_prompt_that_cannot_be_asked_ends_the_run_when_it_is_reached():

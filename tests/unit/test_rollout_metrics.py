@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from burnish.rollout.metrics import group_metrics, lag_metrics, pass_at_k, work_metrics
+from burnish.rollout.metrics import group_metrics, lag_metrics, pass_at_k, prompt_metrics, work_metrics
 from burnish.rollouts import Prompt, Rollout, RolloutGroup
 
 
@@ -45,6 +47,27 @@ def test_rewards_lengths_and_failures_are_means_over_rollouts():
     assert metrics["reward_failures/short"] == 1.0
     assert not [name for name in metrics if name.startswith("pass@")]
     assert group_metrics([]) == {}
+
+
+def test_what_an_environment_did_not_give_is_0():
+    (first, _) = groups()
+    said, *others = [replace(each, terms={}, failed=("Is it right?",)) for each in first.rollouts]
+    said = replace(said, terms={"Is it right?": 1.0, "is_it_right_": 0.5})
+    metrics = group_metrics([replace(first, rollouts=(said, *others))])
+    assert {name: value for name, value in metrics.items() if "/" in name} == {
+        "reward/is_it_right_": 0.25,  # of four rollouts one had it
+        "reward/is_it_right__2": 0.125,
+        "reward_failures/is_it_right_": 4.0,
+    }
+
+
+def test_prompts_by_what_became_of_them_are_metrics_that_every_tracker_takes():
+    counts = {"trained": 3, "sampled again": 2, "prompt longer than 5 tokens": 1, "prompt longer than 5 Tokens": 1}
+    assert prompt_metrics(counts) == {
+        "prompts_trained": 3.0,
+        "prompts_sampled_again": 2.0,
+        "prompts_prompt_longer_than_5_tokens": 2.0,
+    }
 
 
 def test_pass_at_k_is_unbiased():

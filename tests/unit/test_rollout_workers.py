@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ import pytest
 
 from burnish.errors import RestartsExhausted, RunFailed, SyncFailed, UserError
 from burnish.rollout.fleet import Fleet
+from burnish.rollout.host_process import ProcessLink
 from burnish.rollout.workers.inline import Inline
 from burnish.rollout.workers.processes import Processes
 from burnish.rollouts import Request
@@ -116,6 +118,18 @@ def test_a_group_goes_to_one_worker_and_later_turns_follow_it(tmp_path):
             assert homes[completion.request_id.partition(".")[0]] == {completion.token_ids[0]}
 
 
+def test_what_goes_first_reaches_every_worker_each_time(tmp_path):
+    with fleet_of(tmp_path, {"step_seconds": 0.005}, num_workers=2) as (fleet, events):
+        fleet.publish(0, tensors, None)
+        for _ in range(2):
+            fleet.submit(requests([5], length=8))  # one worker has its hands full
+            for place in range(2):
+                fleet.submit([Request(f"probe-{place}.0.0", [1], 7, requests([0])[0].params)], first=True)
+            found = collect(fleet, 6)
+            asked = {each.request_id: each.token_ids[0] for each in found if each.request_id.startswith("probe")}
+            assert len(asked) == 2 and set(asked.values()) == set(events.pids())
+
+
 def test_aborted_requests_are_not_heard_of_and_their_names_are_free_again(tmp_path):
     with fleet_of(tmp_path, {"step_seconds": 0.02}) as (fleet, _):
         fleet.publish(1, tensors, None)
@@ -171,6 +185,24 @@ def test_a_worker_that_never_starts_ends_the_run_with_its_words(tmp_path):
     assert "exit code 1: KeyError: 'no such layer'" in given_up.value.failures[0]
     assert "_suffer" in given_up.value.words and "without a completed request" in str(given_up.value)
     assert len(events.of("died")) == 2 and events.of("started") == []
+
+
+def test_a_worker_that_cannot_be_opened_again_ends_no_run_in_which_another_works(tmp_path):
+    """Its node is gone: every start fails, more often than the run would bear of a worker that opens."""
+    with fleet_of(tmp_path, num_workers=2, max_restarts=1) as (fleet, events):
+        fleet.publish(0, tensors, None)
+        (tmp_path / "fault-open").write_text("bug!")
+        os.kill(events.pids()[0], signal.SIGKILL)
+        asked, found = requests(range(40), group_size=1), []
+        fleet.submit(asked)
+        while len(events.of("died")) < 2:
+            found += fleet.poll(0.05)
+            again = requests([1000 + len(asked)], group_size=1)
+            asked += again
+            fleet.submit(again)
+        (tmp_path / "fault-open").unlink()
+        found += collect(fleet, len(asked) - len(found))
+        assert_complete(found, asked, version=0)
 
 
 def test_a_worker_that_says_nothing_while_it_loads_is_given_up(tmp_path):
@@ -329,6 +361,21 @@ def test_workers_end_with_the_process_that_started_them(tmp_path):
         assert len(pids) == 2 and all(runs(pid) for pid in pids)
         parent.kill()
     wait_until(lambda: not any(runs(pid) for pid in pids), seconds=5.0)
+
+
+def test_what_a_worker_starts_in_a_session_of_its_own_ends_with_it():
+    ours, theirs = socket.socketpair()
+    printed, prints = os.pipe()
+    command = ["sh", "-c", "setsid sleep 1000 & echo $!; wait"]
+    link = ProcessLink(subprocess.Popen(command, stdout=prints, start_new_session=True), ours, printed)
+    theirs.close()
+    os.close(prints)
+    lines: list[str] = []
+    wait_until(lambda: lines.extend(link.hear().lines) or lines)
+    started = int(lines[0])
+    wait_until(lambda: os.getsid(started) == started)
+    link.kill()
+    wait_until(lambda: not runs(started))
 
 
 def test_an_engine_in_this_process_is_brought_weights_only_if_it_asks(tmp_path):

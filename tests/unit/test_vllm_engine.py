@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +20,11 @@ from burnish.model.adapters.qlora import QLoRA
 from burnish.model.config import ModelConfig
 from burnish.rollout.engine import EngineSetup
 from burnish.rollout.engines.vllm import VLLM
+from burnish.rollout.vllm_extension import PolicyWeights
 from burnish.rollout.vllm_files import located, write_adapter
+from burnish.rollout.vllm_live import LiveVLLM
 from burnish.types import NewTokens
+from tests.engine_helpers import HandWeights
 from tests.tiny_models import tiny_config
 
 
@@ -111,3 +115,70 @@ def test_an_adapter_is_written_as_peft_would(tmp_path: Path):
         "use_rslora": True,
         "target_modules": ["q_proj", "v_proj"],
     }
+
+
+class FailsToStart:
+    """vLLM's `LLMEngine`, where it raises."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def from_engine_args(self, arguments: Any) -> Any:
+        raise self.error
+
+
+def test_what_vllm_says_of_a_configuration_is_for_a_person_and_anything_else_may_pass():
+    with pytest.raises(UserError, match="vLLM does not start: ValueError: no room for 64 tokens") as caught:
+        VLLM()._start(FailsToStart(ValueError("no room\n for 64 tokens")), None)
+    assert caught.value.where == "workflow.rollout.engine"
+    for passing in (torch.OutOfMemoryError("2 GiB"), OSError("the port is taken"), AssertionError("peak memory")):
+        with pytest.raises(type(passing)) as raised:
+            VLLM()._start(FailsToStart(passing), None)
+        assert raised.value is passing
+
+
+def test_layers_of_an_adapter_that_vllm_does_not_have_are_named():
+    fused, o, experts = (f"language_model.model.layers.0.{name}" for name in ("qkv_proj", "o_proj", "mlp.experts"))
+    held = {fused, o, experts, f"{experts}.base_layer", "model.layers.1.self_attn.o_proj", "model.layers.0.o_proj"}
+    manager = SimpleNamespace(
+        modules=dict.fromkeys((fused, o, experts)), get_adapter={3: SimpleNamespace(loras=dict.fromkeys(held))}.get
+    )
+    worker = PolicyWeights()
+    worker.model_runner = SimpleNamespace(lora_manager=SimpleNamespace(_adapter_manager=manager))
+    assert worker.lost_layers(3) == ["model.layers.0.o_proj", "model.layers.1.self_attn.o_proj"]
+
+
+class Recorded:
+    """vLLM's `LLMEngine` as far as sleep and a whole model's weights go, and what it was told."""
+
+    def __init__(self) -> None:
+        facts = {"logprobs_mode": "processed_logprobs", "enable_sleep_mode": True, "get_vocab_size": lambda: 96}
+        parallel = SimpleNamespace(world_size=1)
+        self.vllm_config = SimpleNamespace(model_config=SimpleNamespace(**facts), parallel_config=parallel)
+        self.told: list[str] = []
+
+    def sleep(self, level: int) -> None:
+        self.told.append(f"sleep {level}")
+
+    def wake_up(self, tags: list[str]) -> None:
+        self.told.append(f"wake {tags}")
+
+    def collective_rpc(self, name: str, args: tuple[Any, ...]) -> list[str]:
+        self.told.append(f"{name} of {len(list(args[0]))}")
+        return [""]
+
+    def reset_prefix_cache(self, reset_running_requests: bool) -> None:
+        self.told.append("reset")
+
+
+def test_the_cache_comes_back_behind_the_new_weights(tmp_path: Path):
+    engine = Recorded()
+    live = LiveVLLM(engine, setup(), tmp_path, False, on_close=lambda: None)
+    live.sleep()
+    live.wake()
+    live.update_weights(HandWeights(4))
+    assert engine.told == ["sleep 1", "wake ['weights']", "take_policy of 2", "wake ['kv_cache']", "reset"]
+    live.sleep()
+    live.wake()
+    live.sleep()  # no weights came: it must be awake as a whole to sleep as a whole
+    assert engine.told[5:] == ["sleep 1", "wake ['weights']", "wake ['kv_cache']", "sleep 1"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from burnish.rollout.sync.broadcast import Broadcast
 from burnish.rollout.sync.file import File
 from burnish.rollout.sync.shared_memory import SharedMemory
 from burnish.rollout.weights import Listing, digest_of
+from burnish.rollout.weights_broadcast import _exchange, _join
 from burnish.rollout.weights_file import write_version
 from burnish.rollout.weights_place import claim_folder, claim_memory
 from tests.weight_sync_helpers import same, send, some_tensors
@@ -301,6 +304,7 @@ def test_runs_do_not_share_a_folder(tmp_path):
     one, other = (claim_folder(tmp_path / place / "run", shared) for place in ("a", "b"))
     assert one != other and one.parent == other.parent == Path(shared)
     assert claim_folder(tmp_path / "a" / "run", shared) == one
+    assert socket.gethostname() in one.name  # another machine may have a run of this path
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="no folder for weights"):
         claim_folder(tmp_path / "run", str(tmp_path / "file"))
@@ -348,6 +352,47 @@ def test_a_trainer_that_is_there_and_silent_is_given_up_at_the_deadline():
         parcel = {"version": 1, "sender": 1, "digest": "", "num_bytes": 0, "adapter_only": False} | place
         with pytest.raises(SyncFailed, match="version 1"):
             Broadcast(deadline_seconds=0.5).receiver().receive(parcel)
+
+
+def test_a_slow_broadcast_and_a_folder_give_signs_of_life(tmp_path):
+    """By a trainer that has a tensor every 0.06 s, and none for 0.2 s before the first."""
+    tensors, listing, signs = some_tensors(), Listing(), list[float]()
+    for name, tensor in tensors:
+        listing.add(name, tensor)
+    store: Any = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.set("1-1/listing", json.dumps(listing.to_json()))
+    store.set("1-1/ticket-0", json.dumps(["round", 1, 2]))
+    place = {"address": ["127.0.0.1", store.port], "key": "1-1", "base": None}
+    facts = {"version": 1, "sender": 1, "digest": listing.digest, "adapter_only": False}
+
+    def serve() -> None:
+        def slowly() -> Iterator[torch.Tensor]:
+            for _, tensor in tensors:
+                time.sleep(0.06)
+                yield tensor
+
+        list(_exchange(_join(tuple(place["address"]), "round", 0, 2, 10.0), slowly(), 10.0))
+
+    trainer = threading.Thread(target=serve)
+    started = time.monotonic()
+    threading.Timer(0.2, trainer.start).start()
+    receiver = BROADCAST.receiver()
+    weights = receiver.receive(facts | place, lambda: signs.append(time.monotonic() - started))
+    trainer.join()
+    assert 3 <= len(signs) <= len(tensors) and min(signs) > 0.2
+    count = len(signs)
+    weights.folder()
+    assert len(signs) == count + len(tensors)
+    receiver.close()
+
+
+def test_the_trainer_forgets_the_listings_of_versions_that_are_gone(tmp_path):
+    sender = BROADCAST.sender(tmp_path)
+    parcels = [send(sender, version, some_tensors(version)) for version in (1, 2, 3)]
+    host, port = parcels[0]["address"]
+    store: Any = torch.distributed.TCPStore(host, port, is_master=False, wait_for_workers=False)
+    assert [bool(store.get(f"{parcel['key']}/listing")) for parcel in parcels] == [False, True, True]
+    sender.close()
 
 
 def test_a_host_that_is_not_this_machine_s_is_refused(tmp_path):

@@ -157,6 +157,16 @@ class Asking:
         for reason in refused:
             cure = "`engine: {type: embedded}` samples from any policy"
             yield Finding("engine", "refused", reason, cure)
+        if (lacking := engine.lacking()) is not None:
+            refused.append(lacking.reason)
+            if getattr(workers, "address", None) is None:
+                yield Finding.refusal("engine", lacking)
+            else:
+                yield Finding("engine", "warning", f"{lacking.reason}; the cluster's nodes must have it", lacking.cure)
+        dropout = getattr(self.recipe.model.adapter, "lora_dropout", 0.0)
+        if dropout > 0:
+            text = f"nothing is dropped where a policy trains on its own words: lora_dropout: {dropout:g} has no effect"
+            yield Finding("engine", "warning", text, "remove model.adapter.lora_dropout")
         ends = {*setup.stop_token_ids, *sampling.stop_token_ids}
         if max(ends, default=0) >= student.vocab_size:
             text = f"token {max(ends)} ends a turn, and the policy has {student.vocab_size:,} embedding rows"

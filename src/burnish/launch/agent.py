@@ -18,6 +18,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
 
+from burnish.child import family
 from burnish.launch.heartbeat import BeatBoard
 from burnish.launch.nursery import Birth
 from burnish.launch.processes import NurseryProcess, ProcessGroup
@@ -49,9 +50,12 @@ class Agent:
         modules: what every rank imports, once.
         folder: current folder of the rank, where this machine has it.
         path: of modules, as where the run was started; what of it this machine has comes last.
+        without: names of this process's environment that are not for the rank.
     """
 
-    def __init__(self, modules: Sequence[str], folder: str, path: Sequence[str]) -> None:
+    def __init__(
+        self, modules: Sequence[str], folder: str, path: Sequence[str], *, without: Sequence[str] = SECRETS
+    ) -> None:
         # A cluster that goes down sends SIGTERM to every process; the rank writes a checkpoint then, and needs this.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self.has_folder = os.path.isdir(folder)
@@ -59,7 +63,7 @@ class Agent:
             os.chdir(folder)
         sys.path += [each for each in path if each not in sys.path and os.path.isabs(each) and os.path.isdir(each)]
         self._modules = list(modules)
-        self._environment = {name: value for name, value in os.environ.items() if name not in SECRETS}
+        self._environment = {name: value for name, value in os.environ.items() if name not in without}
         self._board = BeatBoard.create(1)
         self._read: dict[int, tuple[int, bytearray]] = {}
         self._writers: list[int] = []
@@ -163,8 +167,8 @@ def interface_of(address: str) -> str | None:
 
 def end_agent(pid: int, name: str) -> None:
     """Kills an agent of this machine; returns when it and all it started are gone. Raises TimeoutError after 5 s."""
-    family, until = _family(pid, name), time.monotonic() + 5.0
-    while any(_runs(member) for member in family):
+    members, until = family(pid) if _is(pid, name) else [], time.monotonic() + 5.0
+    while any(_runs(member) for member in members):
         if time.monotonic() >= until:
             raise TimeoutError(f"process {pid} was killed, and something of it still runs")
         if _runs(pid):
@@ -172,16 +176,11 @@ def end_agent(pid: int, name: str) -> None:
         time.sleep(0.02)
 
 
-def _family(pid: int, name: str) -> list[int]:
-    """A process and all below it; none where it is another, or where there is no /proc."""
+def _is(pid: int, name: str) -> bool:
+    """Whether a process of this number is still the one called so; not where there is no /proc."""
     with contextlib.suppress(OSError):
-        if name.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
-            found = [pid]
-            for member in found:  # grows on the way
-                for children in Path(f"/proc/{member}/task").glob("*/children"):
-                    found += [int(child) for child in children.read_text().split()]
-            return found
-    return []
+        return name.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
 
 
 def _runs(pid: int) -> bool:

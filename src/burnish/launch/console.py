@@ -6,6 +6,7 @@ Must not know where the metrics come from. rich is imported on a terminal only (
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 import time
@@ -34,7 +35,7 @@ class Console:
     """The display of one run. Notes stand out from the steps and are always shown.
 
     Never fails a run: once the output refuses a line (`burnish train r.yaml | head`, a log on a full disk, a terminal
-    that is gone), nothing more is shown.
+    that is gone), nothing more is shown. A character that it cannot show is written as in Python, `\\udc80`.
 
     Args:
         total_steps: steps of the whole run; None where epochs say its length.
@@ -52,6 +53,8 @@ class Console:
         every_seconds: float = 2.0,
     ) -> None:
         to = sys.stdout if output is None else output
+        if isinstance(to, io.TextIOWrapper):  # an event may hold a model's words, and a log be of Latin-1
+            to.reconfigure(errors="backslashreplace")
         self._output = to
         self._display: _Display | None
         if json_lines:

@@ -22,7 +22,20 @@ from burnish.errors import UserError
 from burnish.launch.agent import Agent, Place, end_agent, environments, free_port, in_order, interface_of
 from burnish.launch.agent_group import AgentGroup, Gone
 from burnish.launch.supervised import Supervised
-from burnish.ray_cluster import ANSWER_SECONDS, Cluster, actor_options, answers, connect, is_guarded, shown, unguarded
+from burnish.ray_cluster import (
+    ANSWER_SECONDS,
+    OF_LAUNCH,
+    SECRETS,
+    Cluster,
+    actor_options,
+    answers,
+    connect,
+    is_guarded,
+    shown,
+    unguarded,
+)
+from burnish.rollout.workers.ray import Ray as Engines
+from burnish.workflows.on_policy import OnPolicy
 
 if TYPE_CHECKING:
     from burnish.launch.worker_group import Backend
@@ -75,13 +88,14 @@ class Ray(Supervised):
             raise PydanticCustomError("dashboard", "dashboard_port is of a cluster that is started here, not joined")
         return self
 
-    def cluster(self, largest: int) -> Cluster:
-        """The cluster of a run with so many ranks at most."""
+    def cluster(self, largest: int, engines: Engines | None = None) -> Cluster:
+        """The cluster of a run with so many ranks at most, and its engines."""
         asked = {} if self.resources_per_worker == "auto" else self.resources_per_worker
+        beside = 0.0 if engines is None else engines.cluster().num_cpus
         return Cluster(
             "launch",
             self.address,
-            largest * asked.get("CPU", 1),
+            largest * asked.get("CPU", 1) + beside,
             self.allow_unauthenticated,
             self.working_dir,
             self.dashboard_port,
@@ -91,7 +105,10 @@ class Ray(Supervised):
         from burnish.launch.processes import MODULES
 
         modules = MODULES if recipe.model.adapter is None else (*MODULES, "peft")
-        return RayActors(self, work, largest, modules=modules, needs_folder=not os.path.isabs(recipe.run_dir))
+        workers = recipe.workflow.rollout.workers if isinstance(recipe.workflow, OnPolicy) else None
+        engines = workers if isinstance(workers, Engines) else None
+        needs_folder = not os.path.isabs(recipe.run_dir)
+        return RayActors(self, work, largest, modules=modules, needs_folder=needs_folder, engines=engines)
 
 
 class RayActors:
@@ -102,6 +119,7 @@ class RayActors:
         largest: the most ranks of an attempt.
         modules: imported once by every agent's nursery.
         needs_folder: the run's paths begin at the current folder, so every node must have it.
+        engines: what rank 0 is going to start on the same cluster.
 
     Raises:
         UserError: Ray is not installed, or the cluster cannot be joined.
@@ -115,9 +133,11 @@ class RayActors:
         *,
         modules: Sequence[str] = (),
         needs_folder: bool = False,
+        engines: Engines | None = None,
     ) -> None:
         self._launch, self._work, self._modules, self._needs_folder = launch, pickle.dumps(work), modules, needs_folder
-        self._opened = connect(launch.cluster(largest))
+        self._opened = connect(launch.cluster(largest, engines))
+        self._is_admitted = engines is not None
         self._agents: list[Any] = []
         self._nodes: list[str] = []
         """Of the agents."""
@@ -208,7 +228,7 @@ class RayActors:
         for index in range(size):
             where = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=index)
             made = ray.remote(RayAgent).options(scheduling_strategy=where, **options)
-            self._agents.append(made.remote(self._modules, os.getcwd(), sys.path))
+            self._agents.append(made.remote(self._modules, os.getcwd(), sys.path, self._is_admitted))
         try:
             return answers([agent.place.remote() for agent in self._agents], MAKE_SECONDS, "launch")
         except OSError:
@@ -285,7 +305,18 @@ class RayCarrier:
 
 
 class RayAgent(Agent):
-    """An agent that Ray has placed."""
+    """An agent that Ray has placed.
+
+    Args:
+        is_admitted: its rank may start engines on the cluster.
+    """
+
+    def __init__(self, modules: Sequence[str], folder: str, path: Sequence[str], is_admitted: bool) -> None:
+        import ray
+
+        if is_admitted:
+            os.environ[OF_LAUNCH] = ray.get_runtime_context().gcs_address
+        super().__init__(modules, folder, path, without=() if is_admitted else SECRETS)
 
     def place(self) -> Place:
         """Where it stands."""

@@ -124,7 +124,13 @@ def plan_files(
     if conversions is not None:
         shell._weight_conversions = conversions
     unsaved = set(shell._keys_to_ignore_on_save or ())
-    leaves = {name: _cast(tensor, dtype) for name, tensor in _leaves(tensors, held).items() if name not in unsaved}
+    # No buffer is rounded: it does not train, and `e_score_correction_bias` is float32 in every bfloat16 model.
+    kept = {name for name, _ in shell.named_buffers()}
+    leaves = {
+        name: tensor if name in kept else _cast(tensor, dtype)
+        for name, tensor in _leaves(tensors, held).items()
+        if name not in unsaved
+    }
     return shell, revert_weight_conversion(shell, leaves)
 
 

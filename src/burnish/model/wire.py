@@ -1,9 +1,10 @@
 """A model's weights on their way from a trainer into another process's model of the same recipe.
 
 What travels is what a Hugging Face folder would hold: adapters merged, padding rows cut off, a layer's experts apart, a
-tied head once, in the dtype that the model computes in. Or the adapter alone, as it is trained, under the names that
-`PolicyModel` has for it: the receiver then computes bit for bit what the trainer does, while a merged weight is rounded
-once more. Transformers' own conversions are run both ways, over deferred tensors. It must not know transports.
+tied head once, in the dtype that the model computes in, its buffers as they are. Or the adapter alone, as it is
+trained, under the names that `PolicyModel` has for it: the receiver then computes bit for bit what the trainer does,
+while a merged weight is rounded once more. Transformers' own conversions are run both ways, over deferred tensors. It
+must not know transports.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from burnish.workflows.on_policy import OnPolicy
 if TYPE_CHECKING:
     from burnish.losses.base import Loss
     from burnish.recipe.schema import Recipe
+    from burnish.recipe.written import KeyPath
 
 
 def misfits(recipe: Recipe, written: Written, found: Sequence[Misfit] = ()) -> list[UserError]:
@@ -223,10 +224,8 @@ def on_policy(recipe: Recipe) -> Iterator[Misfit]:
     if rollout.workers.type == "inline" and getattr(recipe.launch, "num_workers", 1) > 1:
         reason = "the policy is cut over several ranks, and none of them alone can sample from it"
         yield Misfit((*path, "workers"), reason, "`{type: processes, num_workers: 1}` or `{type: ray, num_workers: 1}`")
-    if rollout.workers.type == "ray" and recipe.launch.type == "ray":
-        reason = "a rank on a Ray cluster holds no token for it, so it cannot start engines there"
-        yield Misfit((*path, "workers"), reason, "`launch: {type: processes}`, or `workers: {type: processes}`")
-    if rollout.sync.type == "shared_memory" and getattr(rollout.workers, "address", None) is not None:
+    hosts = [rollout.workers, recipe.launch] if rollout.workers.type == "ray" else []
+    if rollout.sync.type == "shared_memory" and any(getattr(each, "address", None) is not None for each in hosts):
         reason = "engines on a cluster may be on other machines, which share no memory with this one"
         yield Misfit((*path, "sync"), reason, "`{type: broadcast}`, or `{type: file, folder: ...}` on a shared disk")
     most = rollout.sampling.max_new_tokens
@@ -256,6 +255,21 @@ def on_policy(recipe: Recipe) -> Iterator[Misfit]:
         reason = "with a lag of 0 all that is sampled ahead of an update is too old after it"
         yield Misfit((*path, "on_stale"), reason, "set it to wait, or max_policy_lag to 1")
     yield from _draws(workflow)
+    yield from _patience(workflow)
+
+
+def _patience(workflow: OnPolicy) -> Iterator[Misfit]:
+    """A call that may still answer is no silence."""
+    environment, silence = workflow.rollout.environment, workflow.rollout.max_silence_seconds
+    limits: dict[KeyPath, float] = {("rewards", i): reward.seconds for i, reward in enumerate(workflow.rewards)}
+    if environment.is_interactive:
+        limits["rollout", "environment"] = environment.seconds
+    for path, seconds in limits.items():
+        if seconds >= silence:
+            reason = f"a call may take {seconds:g} s, and after {silence:g} s of silence the run fails"
+            yield Misfit(
+                ("workflow", *path, "seconds"), reason, "lower it, or raise workflow.rollout.max_silence_seconds"
+            )
 
 
 def _draws(workflow: OnPolicy) -> Iterator[Misfit]:

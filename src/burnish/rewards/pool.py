@@ -56,7 +56,7 @@ class Score:
     reward: float
     """Their weighted sum."""
     failed: tuple[str, ...] = ()
-    """Names of those that stand at their `failed_value`."""
+    """Names of those that stand at their `failed_value`; and `environment`, where a call of it failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +133,8 @@ class RewardPool:
         names = "reward_failures", "reward_retries", "reward_restarts", "reward_seconds"
         self._facts: dict[str, float] = dict.fromkeys(names, 0.0)
         self._told: dict[str, float] = {}
+        self.signs_of_life = 0
+        """What was heard of processes, and given up of them: while it grows, calls come to an end."""
         self._is_open, self._bad_starts = False, 0
         self._workers: list[_Worker] = []
         if rewards or environment.is_interactive:
@@ -186,6 +188,10 @@ class RewardPool:
         for worker in self._workers:
             if worker.job is not None:
                 worker.job.is_forgotten = True
+
+    def misspoken(self, where: str, why: str) -> None:
+        """The environment said what cannot be said to the policy."""
+        self._tell("environment_failed", "environment", where, f"step(): {why}")
 
     @property
     def num_unfinished(self) -> int:
@@ -245,11 +251,13 @@ class RewardPool:
         seconds = OPEN_SECONDS if worker.job is None else worker.job.seconds
         if worker.process.is_answering and not worker.was_granted:
             worker.was_granted, worker.deadline = True, time.monotonic() + seconds
+            self.signs_of_life += 1
         else:
             self._replace(worker, f"no answer in {seconds:g} s", is_late=True)
 
     def _replace(self, worker: _Worker, why: str, is_late: bool) -> None:
         worker.process.kill()
+        self.signs_of_life += 1
         self._event("reward_worker_lost", pid=worker.process.pid, why=why)
         self._facts["reward_restarts"] += 1
         if not worker.is_open:
@@ -273,6 +281,7 @@ class RewardPool:
     # What they say
 
     def _hear(self, worker: _Worker, answer: dict[str, Any]) -> None:
+        self.signs_of_life += 1
         if not worker.is_open:
             if "ready" in answer:
                 worker.is_open, self._bad_starts = True, 0

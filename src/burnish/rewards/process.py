@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import burnish
-from burnish.child import end_family, how_it_ended
+from burnish.child import GONE_SECONDS, OF_RANKS, end_family, how_it_ended
+from burnish.ray_cluster import SECRETS
 from burnish.rewards import worker
 from burnish.rewards.worker import HEADER
 
@@ -33,6 +34,7 @@ class RewardProcess:
         lifeline, self._lifeline = os.pipe()
         # `-P` and PYTHONPATH: the child must find this very package, and never a module of the current folder.
         path = os.pathsep.join([str(Path(burnish.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+        environment = {name: value for name, value in os.environ.items() if name not in (*OF_RANKS, *SECRETS)}
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", worker.__name__, str(theirs.fileno()), str(lifeline)],
@@ -40,7 +42,7 @@ class RewardProcess:
                 stdout=2,
                 pass_fds=(theirs.fileno(), lifeline),
                 start_new_session=True,
-                env={**os.environ, "PYTHONPATH": path.rstrip(os.pathsep)},
+                env={**environment, "PYTHONPATH": path.rstrip(os.pathsep)},
             )
         except BaseException:
             self._close()
@@ -105,11 +107,16 @@ class RewardProcess:
         return f"its process is gone: {how_it_ended(ended.si_status if exited else -ended.si_status)}"
 
     def kill(self) -> None:
-        """Ends it with all that it has forked; the second time nothing happens."""
-        if self._process.returncode is not None:
+        """Ends it with all that it has started; the second time nothing happens.
+
+        What it started in a session of its own lives on where this process had no time to call this, killed itself, or
+        where a double fork or the death of the reward's own process has cut it off: see `child.end_family`.
+        """
+        if self._channel.fileno() < 0:
             return
         end_family(self.pid)
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(GONE_SECONDS)
         self._close()
 
     def _close(self) -> None:

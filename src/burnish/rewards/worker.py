@@ -2,7 +2,8 @@
 
 Started by `process.py` as an interpreter of its own. Requests come as pickles over a socket that nothing else knows of,
 answers go back as JSON: what user code prints, forks or leaves behind never gets into them. Its group ends with its
-parent, however that ends. Must import nothing heavy: rewards bring what they need.
+parent, however that ends; what user code started in a session of its own does so only where the parent had time to end
+it. Must import nothing heavy: rewards bring what they need.
 """
 
 from __future__ import annotations

@@ -37,13 +37,13 @@ LARGEST_LOG_RATIO = 80.0
 
 
 class Alignment(Config):
-    """After a sync the engine continues a few prompts, and the policy says the log-probabilities of the same tokens."""
+    """After a sync the engines continue a few prompts, and the policy says the log-probabilities of the same tokens."""
 
     every: Annotated[int, Ge(1)] = 10
     """Syncs between two probes, and steps between two measurements of all that is trained on; at the start and after a
-    resume there is always one."""
+    resume there is always one, and a probe also behind the first update."""
     num_prompts: Annotated[int, Ge(1)] = 2
-    """Prompts of a probe."""
+    """Prompts of a probe; more workers are asked the same ones, so that each is asked."""
     num_tokens: Annotated[int, Ge(1)] = 8
     """Tokens sampled for each."""
     max_difference: Annotated[float, Gt(0)] | Literal["auto"] = "auto"

@@ -31,23 +31,28 @@ class Buffer:
     Args:
         per_step: groups that a step takes.
         ahead: groups that may be reserved and not yet trained.
+        in_turns: sampling and training take turns, so what was left out behind a step's last group is asked again by
+            the next weights: how many of them had finished is left to chance, and a run must not be.
     """
 
-    def __init__(self, per_step: int, ahead: int) -> None:
+    def __init__(self, per_step: int, ahead: int, *, in_turns: bool = False) -> None:
         assert ahead >= per_step, (per_step, ahead)
-        self.per_step, self.ahead = per_step, ahead
+        self.per_step, self.ahead, self.in_turns = per_step, ahead, in_turns
         self.frontier = 0
         """Every prompt before this one was trained, or left out; none behind it was trained."""
         self.in_training = 0
         """Groups that were taken, and whose update is not published yet."""
         self.counts: Counter[str] = Counter()
-        """Prompts by what became of them: `trained`, `uniform`, `dropped: ...`; and `sampled again`."""
+        """Prompts by what became of them: `trained`, `uniform`, or why they were never asked; and `sampled again`."""
         self.drawn_since_take = 0
+        """Prompts that were asked for the first time since groups were taken last."""
         self.ended = False
         """No prompt is left behind those that were reserved."""
         self._next = 0
         self._reserved: set[int] = set()
         self._left_out: set[int] = set()
+        self._taught_nothing: dict[int, str] = {}
+        """Of these, those that were asked since groups were taken last, and why they were left out."""
         self._committed: dict[int, RolloutGroup] = {}
         self._again: list[int] = []
 
@@ -56,11 +61,15 @@ class Buffer:
         """Groups that are reserved, or committed, or in training."""
         return len(self._reserved) + len(self._again) + len(self._committed) + self.in_training
 
-    def reserve(self) -> int | None:
-        """The next prompt to begin; None: there are enough."""
+    def reserve(self, *, new: bool = True) -> int | None:
+        """The next prompt to begin; None: there are enough.
+
+        Args:
+            new: not only what was begun before.
+        """
         if self._again:
             index = self._again.pop(0)
-        elif self.ended or self.outstanding >= self.ahead:
+        elif not new or self.ended or self.outstanding >= self.ahead:
             return None
         else:
             while self._next in self._left_out or self._next in self._committed:
@@ -75,12 +84,15 @@ class Buffer:
         self._reserved.remove(index)
         self.ended = True
 
+    def pass_over(self, index: int, reason: str) -> None:
+        """A reserved prompt that is never asked, and so was no draw."""
+        self.drawn_since_take -= 1
+        self._leave_out(index, reason)
+
     def leave_out(self, index: int, reason: str) -> None:
-        """A reserved prompt that is not trained."""
-        self._reserved.remove(index)
-        self._left_out.add(index)
-        self.counts[reason] += 1
-        self._advance()
+        """A reserved prompt whose group is finished and not trained."""
+        self._taught_nothing[index] = reason
+        self._leave_out(index, reason)
 
     def commit(self, group: RolloutGroup) -> None:
         """A reserved prompt's group is finished."""
@@ -127,6 +139,9 @@ class Buffer:
         for group in found:
             del self._committed[group.prompt.index]
             self._left_out.add(group.prompt.index)
+        if self.in_turns and len(found) == self.per_step:
+            self._reconsider(found[-1].prompt.index)
+        self._taught_nothing.clear()
         self.counts["trained"] += len(found)
         self.in_training, self.drawn_since_take = len(found), 0
         self._advance()
@@ -135,10 +150,6 @@ class Buffer:
     def published(self) -> None:
         """The update that was made of what was taken is with the engines."""
         self.in_training = 0
-
-    def oldest(self) -> list[int]:
-        """Reserved prompts, the first in order first: what a wait is for."""
-        return sorted(self._reserved)
 
     def stale(self, version: int, max_lag: int) -> list[int]:
         """Committed groups that are too old for the policy at `version`."""
@@ -159,8 +170,24 @@ class Buffer:
         self.frontier = self._next = state["frontier"]
         self.counts, self._left_out = Counter(state["counts"]), set(state["left_out"])
         self._committed = {group.prompt.index: group for group in groups}
-        self._reserved, self._again, self.ended = set(), [], False
+        self._reserved, self._taught_nothing, self._again, self.ended = set(), {}, [], False
         self.in_training = self.drawn_since_take = 0
+
+    def _leave_out(self, index: int, reason: str) -> None:
+        self._reserved.remove(index)
+        self._left_out.add(index)
+        self.counts[reason] += 1
+        self._advance()
+
+    def _reconsider(self, last: int) -> None:
+        """What was left out behind prompt `last` will be sampled again."""
+        for index, reason in self._taught_nothing.items():
+            if index > last:
+                self._left_out.remove(index)
+                self._again.append(index)
+                self.counts[reason] -= 1
+                self.counts["sampled again"] += 1
+        self._again.sort()
 
     def _advance(self) -> None:
         while self.frontier in self._left_out:

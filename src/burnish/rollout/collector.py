@@ -51,8 +51,13 @@ class Judges(Protocol):
 
     def abort(self) -> None: ...
 
+    def misspoken(self, where: str, why: str) -> None: ...
+
     @property
     def num_unfinished(self) -> int: ...
+
+    @property
+    def signs_of_life(self) -> int: ...
 
 
 @dataclass(slots=True)
@@ -101,14 +106,17 @@ class Collector:
     _done: dict[str, RolloutGroup] = field(default_factory=dict)
     """Groups that are no training data, by the name of their prompt."""
     _refused: dict[int, DataError] = field(default_factory=dict)
-    """Why a prompt cannot be asked, by its index; none behind it is begun."""
-    _heard: float = field(default_factory=time.monotonic)
-    """When something last moved on."""
+    """Why a prompt cannot be asked, by its index; no new one is begun then."""
+    _silent: float = 0.0
+    """Seconds since something last moved on, as far as anybody looked."""
+    _looked: float = field(default_factory=time.monotonic)
+    _signs: int = 0
+    """Of life, by the judges, at the last look."""
 
     def __post_init__(self) -> None:
         lag, per_step = self.config.max_policy_lag, self.per_step
         ahead = (lag + 1 + (self.config.on_stale == "drop")) * per_step
-        self.buffer = Buffer(per_step, max(ahead, int(per_step * self.config.oversample)))
+        self.buffer = Buffer(per_step, max(ahead, int(per_step * self.config.oversample)), in_turns=lag == 0)
 
     def published(self, version: int) -> None:
         """The engines hold `version`: groups that are begun from now on are of it."""
@@ -116,7 +124,7 @@ class Collector:
         self.buffer.published()
         for index in self.buffer.stale(version, self.config.max_policy_lag):
             self.buffer.again(index)
-        self._heard = time.monotonic()
+        self._silent = 0.0
 
     def pump(self, seconds: float) -> bool:
         """Moves on what can be, and waits at most about so long for it; whether anything did.
@@ -135,14 +143,28 @@ class Collector:
         for key, result in self.judges.poll(min(seconds, longest)):
             self._judged(key, result)
             moved = True
-        stuck = not (moved or self._open or self._refused) and self.version >= 0 and self.buffer.ready() is None
-        assert not stuck, "nothing is in flight, and nothing may be begun: what was taken last was not published"
-        now = time.monotonic()
-        if moved or not self._open:
-            self._heard = now
-        elif now - self._heard > self.config.max_silence_seconds:
-            raise RunFailed(f"nothing came for {now - self._heard:.0f} s; {self.waits_for()}")
+        stuck = not (moved or self._open) and self.version >= 0 and self.buffer.ready() is None
+        assert not stuck or self.buffer.missing() in self._refused, (
+            "nothing is in flight, and nothing may be begun: what was taken last was not published"
+        )
+        self._listen(moved)
         return moved
+
+    def _listen(self, moved: bool) -> None:
+        """Counts the seconds of silence. Of a long time between two looks only a part counts: who was suspended does
+        not take all for silent when it looks again.
+
+        Raises:
+            RunFailed: there were too many.
+        """
+        limit, now, signs = self.config.max_silence_seconds, time.monotonic(), self.judges.signs_of_life
+        if moved or not self._open or signs != self._signs:  # a verifier that hangs for each of 64 rollouts is at work
+            self._silent = 0.0
+        else:
+            self._silent += min(now - self._looked, limit / 4)
+        self._looked, self._signs = now, signs
+        if self._silent > limit:
+            raise RunFailed(f"nothing came for {self._silent:.0f} s; {self.waits_for()}")
 
     def probe_prompts(self, count: int) -> list[Prompt]:
         """The run's first prompts, for probes: always the same."""
@@ -214,7 +236,7 @@ class Collector:
     def _begin(self) -> bool:
         """Starts all prompts that there is room for; whether there was one."""
         began = False
-        while self.version >= 0 and not self._refused and (index := self.buffer.reserve()) is not None:
+        while self.version >= 0 and (index := self.buffer.reserve(new=not self._refused)) is not None:
             began = True
             if self.buffer.drawn_since_take > self.config.max_draws * self.per_step + self.buffer.ahead:
                 left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(self.buffer.counts.items()))
@@ -227,11 +249,11 @@ class Collector:
                 prompt = self.prompt_at(index)
             except DataError as error:  # raised when it is reached: what stands before it is trained first
                 self._refused[index] = error
-                break
+                continue
             if prompt is None:
                 self.buffer.give_back(index)
             elif isinstance(prompt, str):
-                self.buffer.leave_out(index, prompt)
+                self.buffer.pass_over(index, prompt)
             else:
                 self._start(str(index), prompt, self.config.sampling, self.config.group_size, "train")
         return began
@@ -278,9 +300,7 @@ class Collector:
             return
         group, episode = found
         if isinstance(result, CallFailed):
-            self.environment_failures += 1
-            episode.has_failed = True
-            self._end(group, episode)
+            self._failed(group, episode)
         elif what == "reset":
             episode.state = result
             self.fleet.submit([episode.request()])
@@ -293,13 +313,24 @@ class Collector:
         if observation.done or episode.num_turns >= self.max_turns:
             self._end(group, episode)
             return
-        token_ids = self.dialogue.observe(episode.prompt, episode.turns, observation.messages)
+        try:
+            token_ids = self.dialogue.observe(episode.prompt, episode.turns, observation.messages)
+        except DataError as error:  # what the environment says depends on what it was told: others may go on
+            self.judges.misspoken(episode.prompt.where, error.reason)
+            self._failed(group, episode)
+            return
         if len(token_ids) >= episode.room:
             episode.finish_reason = "length"
             self._end(group, episode)
             return
         episode.observed(observation.messages, token_ids)
         self.fleet.submit([episode.request()])
+
+    def _failed(self, group: _Open, episode: Episode) -> None:
+        """The environment has; the episode ends where it is."""
+        self.environment_failures += 1
+        episode.has_failed = True
+        self._end(group, episode)
 
     def _end(self, group: _Open, episode: Episode) -> None:
         episode.over = True
@@ -330,12 +361,13 @@ class Collector:
         finished = RolloutGroup(group.prompt, tuple(rollouts), group.version)
         if group.kind != "train":
             self._done[name] = finished
+        elif self.version - finished.version > self.config.max_policy_lag:
+            self.buffer.commit(finished)
+            self.buffer.again(group.prompt.index)
         elif self.config.drop_uniform and len(set(finished.rewards)) == 1:
             self.buffer.leave_out(group.prompt.index, "uniform")
         else:
             self.buffer.commit(finished)
-            if self.version - finished.version > self.config.max_policy_lag:
-                self.buffer.again(group.prompt.index)
 
 
 def _rollout(dialogue: Dialogue, episode: Episode, judged: Score) -> Rollout:

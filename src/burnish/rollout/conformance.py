@@ -13,6 +13,7 @@ One engine is opened and put through all checks, in order:
     max_length       prompt and completion are no longer than the setup allows; no room: an empty completion
     logprobs         every log-probability is a number, 0 at most
     reference        and the one that the caller computes for the same tokens
+    temperature      also where the tokens are drawn at another temperature than 1
     seeds            the same request draws the same tokens in other company; other seeds draw others
     stop_tokens      a stop token ends the turn and is kept
     versions         weights that change under a request show in its tokens, and requests after it have the new ones
@@ -44,8 +45,13 @@ if TYPE_CHECKING:
     from burnish.model.policy_model import PolicyModel
     from burnish.rollout.engine import Engine, EngineSetup, LiveEngine, Weights
 
+Reference = Callable[[list[int], list[int], float], Sequence[float]]
+"""`reference(prompt_ids, token_ids, temperature)`: a log-probability of each of `token_ids`."""
+
 IDLE_SECONDS = 0.2
 """Longest that an idle step may take."""
+COOL = 0.5
+"""A temperature, at which an engine shows that says the model's own log-probabilities, not those that it drew by."""
 _FACTS = ("prompt_tokens", "prompt_tokens_shared", "sampled_tokens", "busy_seconds")
 
 
@@ -64,7 +70,7 @@ def conform(
     *,
     prompts: Sequence[Sequence[int]],
     model: PolicyModel | None = None,
-    reference: Callable[[list[int], list[int]], Sequence[float]] | None = None,
+    reference: Reference | None = None,
     tolerance: float = 1e-4,
     max_new_tokens: int = 8,
     seconds: float = 60.0,
@@ -75,7 +81,7 @@ def conform(
         weights: a version of the policy, by its number, 0 at first; what they hold may be the same each time.
         prompts: token ids of two at least, different ones, with room for `max_new_tokens` more.
         model: for an engine that samples from the policy in this process.
-        reference: log-probabilities of a completion's tokens after a prompt, at temperature 1; without it they are not
+        reference: log-probabilities of a completion's tokens after a prompt, at a temperature; without it they are not
             compared.
         tolerance: largest difference to them.
         seconds: a check fails that lasts longer. A step that never returns cannot be ended from here.
@@ -107,7 +113,7 @@ class _Trial:
     capacity: int
     max_new_tokens: int
     seconds: float
-    reference: Callable[[list[int], list[int]], Sequence[float]] | None = None
+    reference: Reference | None = None
     tolerance: float = 0.0
     version: int = -1
     done: list[tuple[Request, Completion]] = field(default_factory=list)
@@ -215,11 +221,22 @@ def _logprobs(trial: _Trial) -> Iterator[str]:
 
 
 def _reference(trial: _Trial) -> Iterator[str]:
+    yield from _compared(trial, trial.done)
+
+
+def _temperature(trial: _Trial) -> Iterator[str]:
+    requests = [trial.request(prompt, seed, temperature=COOL) for prompt in trial.prompts for seed in range(4)]
+    found = trial.run(requests)
+    said = _compared(trial, [(request, found[request.request_id]) for request in requests])
+    yield from (f"at temperature {COOL:g} {reason}" for reason in said)
+
+
+def _compared(trial: _Trial, done: Sequence[tuple[Request, Completion]]) -> Iterator[str]:
     if trial.reference is None:
         return
     worst = 0.0
-    for request, each in trial.done:
-        expected = trial.reference(request.prompt_ids, each.token_ids)
+    for request, each in done:
+        expected = trial.reference(request.prompt_ids, each.token_ids, request.params.temperature)
         worst = max([worst, *(abs(a - b) for a, b in zip(each.logprobs, expected, strict=True))])
     if not worst <= trial.tolerance:
         yield f"a log-probability is {worst:.2g} from the reference's, more than {trial.tolerance:.2g}"
@@ -352,6 +369,7 @@ _CHECKS = (
     _max_length,
     _logprobs,
     _reference,
+    _temperature,
     _seeds,
     _stop_tokens,
     _versions,

@@ -168,6 +168,7 @@ class DecodeEngine:
         self._forget(len(self._slots))
         if self._take is not None:
             self.model.to("cpu")
+            self._free()
 
     def wake(self) -> None:
         """Takes the model back; the cache grows anew."""
@@ -315,6 +316,10 @@ class DecodeEngine:
         log.warning("out of memory: from now on %d requests at once (%s)", slots, reason)
         self._forget(slots)
         self._queue.extendleft(reversed(turns))
+        self._free()
+
+    def _free(self) -> None:
+        """Gives the blocks of tensors that are gone back to the device; the allocator would keep them."""
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from burnish.errors import UserError
     from burnish.model.policy_model import PolicyModel
     from burnish.rollouts import Completion, Request
     from burnish.types import NewTokens
@@ -149,6 +150,10 @@ class Engine(Component):
     def refuse(self, setup: EngineSetup) -> Iterable[str]:
         """Reasons why it cannot serve such a run, known before anything is loaded."""
         return ()
+
+    def lacking(self) -> UserError | None:
+        """Which package it needs and this environment does not have, known without an import of it."""
+        return None
 
     @property
     def is_policy_code(self) -> bool:

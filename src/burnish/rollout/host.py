@@ -198,7 +198,7 @@ class Host:
         self._beat("update")
         self._usable = False
         try:
-            receipt = self._live.update_weights(Arriving(self._receiver.receive(parcel), self))
+            receipt = self._live.update_weights(Arriving(self._receiver.receive(parcel, self.arrived), self))
         except SyncFailed as error:
             self._say(Missed(parcel["version"], str(error)))
             return

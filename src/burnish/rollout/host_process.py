@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from burnish.child import end_family, how_it_ended
+from burnish.child import GONE_SECONDS, OF_RANKS, end_family, how_it_ended
 from burnish.rollout.host_wire import Wire, ready
 
 LONGEST_LINE = 1 << 16
@@ -26,12 +26,6 @@ LONGEST_LINE = 1 << 16
 
 START_SECONDS = 30.0
 """Of starting a process, before it runs a line of ours: milliseconds, unless the machine swaps."""
-
-OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""By these a process of many knows its place. A worker has none: an engine that found them would wait for others."""
-
-GONE_SECONDS = 10.0
-"""A killed process is gone in milliseconds, unless the kernel waits for a disk or a device on its behalf."""
 
 
 class Heard(NamedTuple):
@@ -84,10 +78,8 @@ class ProcessLink:
             self._process.send_signal(signal.SIGUSR1)
 
     def kill(self) -> None:
-        """Ends it and what it started. Nothing of it runs when this returns."""
+        """Ends it and what it started, but for what had lost its parent before; see `child.end_family`."""
         with self._lock:
-            if self._process.poll() is None:
-                self._process.kill()
             end_family(self._process.pid)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(GONE_SECONDS)

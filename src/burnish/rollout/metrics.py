@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from math import comb
 
+from burnish.rewards.base import free_name
 from burnish.rollouts import Rollout, RolloutGroup
+
+
+def metric_name(words: str) -> str:
+    """What trackers take for a name.
+
+    >>> metric_name("sampled again"), metric_name("Judge (7B)")
+    ('sampled_again', 'judge_7b_')
+    """
+    return re.sub(r"[^a-z0-9_/@]+", "_", words.lower())
+
+
+def prompt_metrics(counts: Mapping[str, int]) -> dict[str, float]:
+    """What became of the prompts so far, by `Buffer.counts`: `prompts_trained`, `prompts_sampled_again`."""
+    found: Counter[str] = Counter()
+    for words, count in counts.items():
+        found[f"prompts_{metric_name(words)}"] += count
+    return {name: float(count) for name, count in found.items()}
 
 
 def pass_at_k(num_rollouts: int, num_solved: int, k: int) -> float:
@@ -72,13 +91,15 @@ def work_metrics(before: Mapping[str, float], now: Mapping[str, float], seconds:
 
 
 def _terms(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    names = sorted({name for rollout in rollouts for name in rollout.terms})
-    found = {}
-    for name in names:
-        values = [rollout.terms[name] for rollout in rollouts if name in rollout.terms]
-        found[f"reward/{name}"] = statistics.fmean(values)
+    """Means over all rollouts: where an environment gave none of a name, it gave 0."""
+    names: dict[str, str] = {}
+    for name in sorted({name for rollout in rollouts for name in (*rollout.terms, *rollout.failed)}):
+        names[name] = free_name(metric_name(name), set(names.values()))
+    terms = sorted({name for rollout in rollouts for name in rollout.terms})
+    means = {name: statistics.fmean(rollout.terms.get(name, 0.0) for rollout in rollouts) for name in terms}
     failed = Counter(name for rollout in rollouts for name in rollout.failed)
-    return found | {f"reward_failures/{name}": float(count) for name, count in sorted(failed.items())}
+    found = {f"reward/{names[name]}": mean for name, mean in means.items()}
+    return found | {f"reward_failures/{names[name]}": float(count) for name, count in sorted(failed.items())}
 
 
 def _passes(groups: Sequence[RolloutGroup], solved_at: float) -> dict[str, float]:

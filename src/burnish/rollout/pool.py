@@ -82,6 +82,8 @@ class Pool:
         """The worker that has computed a prompt."""
         self._deaths: dict[str, int] = {}
         """Of workers that had a request, by its id."""
+        self._first: set[str] = set()
+        """Ids of unfinished requests that go before all others."""
         self._done: list[Completion] = []
         self._epoch = 0
         self._parcel: dict[str, Any] | None = None
@@ -107,6 +109,7 @@ class Pool:
             self._pending.setdefault(_group(request), []).append(request)
             if first:
                 self._pending.move_to_end(_group(request), last=False)
+                self._first.add(request.request_id)
         self._dispatch()
 
     def poll(self, seconds: float) -> list[Completion]:
@@ -124,6 +127,7 @@ class Pool:
         """See `Fleet`."""
         self._epoch += 1
         self._pending.clear()
+        self._first.clear()
         self._deaths.clear()
         self._done.clear()
         for worker in self._workers:
@@ -254,8 +258,10 @@ class Pool:
         for completion in completions:
             if worker.assigned.pop(completion.request_id, None) is not None:
                 self._deaths.pop(completion.request_id, None)
+                self._first.discard(completion.request_id)
                 self._done.append(completion)
                 worker.failures.clear()
+                worker.finished_at = time.monotonic()
 
     def _break(self, worker: Worker, broke: Broke) -> None:
         """Raises what would happen again; anything else is a worker that is about to end."""
@@ -296,9 +302,12 @@ class Pool:
     def _lose(self, worker: Worker, how: str, reason: str) -> None:
         """Takes back what a worker had, and has it started anew.
 
+        One that cannot even be opened, because its machine is gone, is tried for as long as the others finish requests.
+
         Raises:
             RestartsExhausted: it, or one of its requests, has been through too much.
         """
+        was_open = worker.state not in (State.STARTING, State.DEAD)
         words, pid, seconds = worker.last_words(), worker.pid, round(worker.seconds, 3)
         said = words.strip().splitlines()[-1:] if how == "died" and worker.words else []
         failure = f"{worker}: {': '.join([reason, *said])}"
@@ -310,7 +319,9 @@ class Pool:
         self._event(f"rollout_worker_{how}", index=worker.index, pid=pid, seconds=seconds, reason=failure, words=words)
         most = self._limits.max_restarts
         if len(worker.failures) > most:
-            raise RestartsExhausted(tuple(worker.failures), words, "a completed request")
+            if was_open or not any(other.finished_at > worker.failing_since for other in self._workers):
+                raise RestartsExhausted(tuple(worker.failures), words, "a completed request")
+            worker.failures.clear()
         for request in reversed(orphans):
             count = self._deaths[request.request_id] = self._deaths.get(request.request_id, 0) + 1
             if count > most:
@@ -322,27 +333,38 @@ class Pool:
             self._pending.move_to_end(group, last=False)  # it was asked for before all that wait
 
     def _dispatch(self) -> None:
-        """Gives out what waits, in order, as far as there is room."""
+        """Gives out what waits, in order, as far as there is room.
+
+        What goes first is spread by itself, beside what the workers have: as many prompts at once as there are workers
+        reach all of them. Such a prompt has one turn, so its worker is not remembered.
+        """
         healthy = {worker.index: worker for worker in self._workers if worker.state is State.HEALTHY}
         if not healthy or self._asleep:
             return
-        is_full = False
-        for group in list(self._pending):
+        is_full = {True: False, False: False}
+        for group, requests in list(self._pending.items()):
+            first = requests[0].request_id in self._first
             worker = healthy.get(self._homes.get(group, -1))
             if worker is None:
-                if is_full:
+                if is_full[first]:
                     continue
-                worker = min(healthy.values(), key=lambda each: len(each.assigned))
-                is_full = len(worker.assigned) >= self._per_worker
-                if is_full:
+                loads = {index: self._load(each, first=first) for index, each in healthy.items()}
+                worker = healthy[min(loads, key=loads.__getitem__)]
+                is_full[first] = loads[worker.index] >= self._per_worker
+                if is_full[first]:
                     continue
-            requests = self._pending.pop(group)
-            self._homes[group] = worker.index
-            self._homes.move_to_end(group)
-            if len(self._homes) > NUM_HOMES:
-                self._homes.popitem(last=False)
+            del self._pending[group]
+            if not first:
+                self._homes[group] = worker.index
+                self._homes.move_to_end(group)
+                if len(self._homes) > NUM_HOMES:
+                    self._homes.popitem(last=False)
             worker.assigned |= {request.request_id: request for request in requests}
             worker.send(Submit(self._epoch, requests))
+
+    def _load(self, worker: Worker, *, first: bool) -> int:
+        """Requests that count against its capacity."""
+        return len(self._first & worker.assigned.keys()) if first else len(worker.assigned)
 
     def _rest(self, alive: Callable[[], None], *, asleep: bool) -> None:
         """Waits for those that have an engine; one that is loading is told when it has loaded."""

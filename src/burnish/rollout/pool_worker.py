@@ -119,6 +119,8 @@ class Worker:
         self.asleep = False
         self.failures: list[str] = []
         """Since it last finished a request, one line each."""
+        self.failing_since = self.finished_at = 0.0
+        """When the first of those happened, and when it last finished a request."""
         self.due = 0.0
         """When it may be started again."""
         self.facts: dict[str, float] = {}
@@ -212,6 +214,8 @@ class Worker:
             self.link.kill()
         for name, value in self.facts.items():
             self._ended_facts[name] = self._ended_facts.get(name, 0.0) + value
+        if not self.failures:
+            self.failing_since = time.monotonic()
         self.failures.append(failure)
         count = len(self.failures)
         pause = 0.0 if count == 1 else min(2.0 ** (count - 2), LONGEST_PAUSE_SECONDS)

@@ -38,6 +38,18 @@ class PolicyWeights:
         few = ", ".join(sorted(missing)[:3])
         return f"nothing came, or too little, for vLLM's {few} ({len(missing)} in all)" if missing else ""
 
+    def lost_layers(self, adapter: int) -> list[str]:
+        """Layers of an adapter that was added, which this model does not have under their names. vLLM itself compares
+        only the last part of a name, and passes over what it does not find: it would sample from the base.
+
+        Args:
+            adapter: vLLM's number of it.
+        """
+        manager = self.model_runner.lora_manager._adapter_manager
+        # A matrix that is part of a fused one stands there under the fused one's name. Fused experts have two entries.
+        names = (name.removesuffix(".base_layer") for name in manager.get_adapter(adapter).loras)
+        return sorted(set(names) - set(manager.modules))
+
     def _load(self, tensors: Iterable[tuple[str, Tensor]]) -> set[str]:
         """vLLM's own names of what did not come, or in part."""
         from vllm.config import set_current_vllm_config

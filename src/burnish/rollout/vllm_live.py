@@ -40,16 +40,21 @@ class LiveVLLM:
         engine: vLLM's `LLMEngine`, in this process.
         folder: for files of its own; removed with it.
         lora: whether adapters come alone.
+        on_close: gives up the claim to the folder.
     """
 
-    def __init__(self, engine: Any, setup: EngineSetup, folder: Path, lora: bool) -> None:
+    def __init__(
+        self, engine: Any, setup: EngineSetup, folder: Path, lora: bool, *, on_close: Callable[[], None]
+    ) -> None:
         self.version = -1
         self._engine, self._setup, self._folder, self._lora = engine, setup, folder, lora
+        self._on_close = on_close
         self._adapter: Any = None
         """vLLM's `LoRARequest`, once an adapter came."""
         self._forms: dict[str, Any] = {}
         """Dtype and shape of all that a version is made of."""
-        self._asleep = False
+        self._has_cache = True
+        """Whether its keys and values have memory: after a sleep not before the new weights are there."""
         self._waiting: deque[Request] = deque()
         self._in_flight: dict[str, Completion] = {}
         """What each has so far."""
@@ -80,6 +85,7 @@ class LiveVLLM:
         if self.version < 0:
             raise RunFailed("vLLM holds no version of the policy to sample from")
         started = time.perf_counter()
+        self._wake_cache()
         done = [completion for completion in map(self._begin, self._waiting) if completion is not None]
         self._waiting.clear()
         try:
@@ -151,11 +157,10 @@ class LiveVLLM:
 
     def update_weights(self, weights: Weights) -> Receipt:
         """See `LiveEngine`. What vLLM makes of weights cannot be read back: matrices are fused and laid out anew. The
-        digest is of what it was given, every weight that it has came, and the run's probes compare the rest."""
+        digest is of what it was given; every weight that it has came, or every layer of the adapter is one that it has;
+        the run's probes compare the rest."""
         started, where = time.perf_counter(), f"weights of version {weights.version}"
         self.version, came = -1, Listing()
-        if self._asleep:  # the cache stays away: there is no room for old weights, new ones and it
-            self._engine.wake_up(tags=["weights"])
 
         def arriving() -> Iterator[tuple[str, Tensor]]:
             for name, tensor in weights.tensors():
@@ -172,8 +177,10 @@ class LiveVLLM:
         else:
             self._take_model(weights, arriving(), where)
             prove()
+        self._wake_cache()
         # Also of what is in flight: its keys and values are computed again.
         self._engine.reset_prefix_cache(reset_running_requests=True)
+        self._forms = {name: entry[:2] for name, entry in came.entries.items()}
         self.version = weights.version
         return Receipt(weights.version, came.digest, came.num_bytes, time.perf_counter() - started)
 
@@ -185,7 +192,6 @@ class LiveVLLM:
         if self._forms and forms != self._forms:
             odd = next(name for name in forms | self._forms if forms.get(name) != self._forms.get(name))
             raise SyncFailed(f"{where}: {odd} is not what it was in the version before: {forms.get(odd, 'nothing')}")
-        self._forms = forms
 
     def _take_model(self, weights: Weights, arriving: Iterator[tuple[str, Tensor]], where: str) -> None:
         if self._lora:
@@ -213,21 +219,32 @@ class LiveVLLM:
             self._engine.add_lora(replacing)
         except (ValueError, KeyError, TypeError, RuntimeError, AssertionError) as error:  # as it stumbles
             raise SyncFailed(f"{where}: vLLM cannot apply the adapter: {type(error).__name__}: {error}") from error
+        # Of vLLM's processes each may have only some of the layers.
+        lost = sorted(set.intersection(*map(set, self._engine.collective_rpc("lost_layers", args=(1,)))))
+        if lost:
+            few = ", ".join(lost[:3])
+            raise SyncFailed(f"{where}: vLLM has no such layers to apply the adapter to: {few} ({len(lost)} in all)")
         self._adapter = LoRARequest("policy", 1, str(folder))
 
     def sleep(self) -> None:
         """Weights go to the host's memory and the cache away, with `enable_sleep_mode` on a GPU. Without it, and on a
         CPU, whose memory the policy does not wait for, nothing is given back."""
         assert not self.num_unfinished, "asleep with requests in flight"
+        self._wake_cache()  # it sleeps as a whole, and nothing was sampled since it woke
         if self._engine.vllm_config.model_config.enable_sleep_mode:
             self._engine.sleep(level=1)
-            self._asleep = True
+            self._has_cache = False
 
     def wake(self) -> None:
-        """See `LiveEngine`."""
-        if self._asleep:
-            self._engine.wake_up()
-            self._asleep = False
+        """Weights come back, to be replaced. The cache comes back behind the new ones, or when something is sampled:
+        beside it there might be no room for the tensors that arrive."""
+        if not self._has_cache:
+            self._engine.wake_up(tags=["weights"])
+
+    def _wake_cache(self) -> None:
+        if not self._has_cache:
+            self._engine.wake_up(tags=["kv_cache"])
+            self._has_cache = True
 
     def facts(self) -> dict[str, float]:
         """See `LiveEngine`."""
@@ -240,6 +257,7 @@ class LiveVLLM:
         self._engine.engine_core.shutdown()
         cleanup_dist_env_and_memory()
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._on_close()
 
     def _other_vocabulary(self, token: int) -> UserError:
         return UserError(

@@ -22,7 +22,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -33,8 +33,9 @@ import torch.distributed
 from torch import Tensor
 
 from burnish.errors import SyncFailed, UserError
+from burnish.rollout.fleet import idle
 from burnish.rollout.weights import Listing
-from burnish.rollout.weights_file import KEPT, Newest, copy_base, link_base, write_version
+from burnish.rollout.weights_file import KEPT, Newest, copy_base, link_base, signed, write_version
 from burnish.rollout.weights_place import claim_memory
 
 if TYPE_CHECKING:
@@ -121,7 +122,10 @@ class BroadcastSender:
     def _drop(self, more: Callable[[], bool]) -> None:
         with self._lock:
             while more():
-                self._store.set(f"{self._offers.popleft().key}/gone", "")
+                key = self._offers.popleft().key
+                self._store.set(f"{key}/gone", "")
+                # Emptied: whoever is about to read a key that was deleted would wait for it until the deadline.
+                self._store.set(f"{key}/listing", "")
 
     def _serve(self) -> None:
         while not self._closed.wait(POLL_SECONDS):
@@ -161,7 +165,7 @@ class BroadcastReceiver:
         self._seconds, self._newest = seconds, Newest()
         self._root: tuple[Path, Callable[[], None]] | None = None
 
-    def receive(self, parcel: dict[str, Any]) -> Weights:
+    def receive(self, parcel: dict[str, Any], alive: Callable[[], None] = idle) -> Weights:
         """See `Receiver`. All tensors are in memory on return, and checked."""
         self._newest.require(parcel)
         until, came = time.monotonic() + self._seconds, list[str]()
@@ -176,10 +180,14 @@ class BroadcastReceiver:
                 answer.set_exception(error)
 
         threading.Thread(target=fetch, daemon=True, name="weights").start()
-        try:
-            return _Received(parcel, answer.result(self._seconds), self._folder)
-        except TimeoutError as error:
-            raise SyncFailed(f"{where}: not whole after {self._seconds:g} s; {len(came)} tensors came") from error
+        seen = 0
+        while not wait([answer], POLL_SECONDS).done:
+            if time.monotonic() > until:
+                raise SyncFailed(f"{where}: not whole after {self._seconds:g} s; {len(came)} tensors came")
+            if len(came) != seen:
+                seen = len(came)
+                alive()
+        return _Received(parcel, answer.result(), self._folder, alive)
 
     def close(self) -> None:
         """Leaves nothing."""
@@ -200,11 +208,13 @@ class BroadcastReceiver:
 class _Received:
     """A version in memory."""
 
-    def __init__(self, parcel: dict[str, Any], tensors: dict[str, Tensor], folder: Callable[[], Path]) -> None:
+    def __init__(
+        self, parcel: dict[str, Any], tensors: dict[str, Tensor], folder: Callable[[], Path], alive: Callable[[], None]
+    ) -> None:
         self.version: int = parcel["version"]
         self.digest: str = parcel["digest"]
         self.adapter_only: bool = parcel["adapter_only"]
-        self._base, self._tensors, self._make_folder = parcel["base"], tensors, folder
+        self._base, self._tensors, self._make_folder, self._alive = parcel["base"], tensors, folder, alive
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """See `Weights`."""
@@ -214,7 +224,7 @@ class _Received:
         """See `Weights`: written on this machine."""
         folder = self._make_folder()
         try:
-            write_version(folder, self.tensors(), adapter_only=self.adapter_only)
+            write_version(folder, signed(self.tensors(), self._alive), adapter_only=self.adapter_only)
             if self._base is not None and Path(self._base).is_dir():  # on a file system that this machine sees
                 copy_base(Path(self._base), folder.with_name("base"))
                 link_base(folder.with_name("base"), folder)
@@ -234,9 +244,10 @@ def _fetch(parcel: dict[str, Any], where: str, came: list[str], until: float, se
     failure = "no round was offered"
     while time.monotonic() < until:
         try:
-            if store.check([f"{key}/gone"]):
+            said = store.get(f"{key}/listing")
+            if not said:
                 raise SyncFailed(f"{where}: they are not offered any more")
-            listing = Listing.from_json(json.loads(store.get(f"{key}/listing")))
+            listing = Listing.from_json(json.loads(said))
             if listing.digest != parcel["digest"]:
                 raise SyncFailed(f"{where}: digest {listing.digest} is offered, {parcel['digest']} was announced")
             ticket = f"{key}/ticket-{store.add(f'{key}/asked', 1) - 1}"

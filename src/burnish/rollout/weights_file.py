@@ -31,6 +31,7 @@ from torch import Tensor
 from burnish.errors import SyncFailed
 from burnish.model.adapters.weights import peft_name
 from burnish.model.tensor_bytes import DTYPE_NAMES, tensor_bytes
+from burnish.rollout.fleet import idle
 from burnish.rollout.weights import Entry, Listing
 
 if TYPE_CHECKING:
@@ -109,10 +110,10 @@ class FolderReceiver:
     def __init__(self, *, mapped: bool) -> None:
         self._mapped, self._newest = mapped, Newest()
 
-    def receive(self, parcel: dict[str, Any]) -> Weights:
+    def receive(self, parcel: dict[str, Any], alive: Callable[[], None] = idle) -> Weights:
         """See `Receiver`."""
         self._newest.require(parcel)
-        return FileWeights(parcel, mapped=self._mapped)
+        return FileWeights(parcel, mapped=self._mapped, alive=alive)
 
     def close(self) -> None:
         """Holds nothing open."""
@@ -147,7 +148,8 @@ class FileWeights:
         SyncFailed: it is not there, cut short, or not what the parcel says.
     """
 
-    def __init__(self, parcel: dict[str, Any], *, mapped: bool) -> None:
+    def __init__(self, parcel: dict[str, Any], *, mapped: bool, alive: Callable[[], None]) -> None:
+        self._alive = alive
         self.version: int = parcel["version"]
         self.digest: str = parcel["digest"]
         self.adapter_only: bool = parcel["adapter_only"]
@@ -171,7 +173,7 @@ class FileWeights:
 
     def folder(self) -> Path:
         """See `Weights`; checked before it is named."""
-        for _ in self.tensors():
+        for _ in signed(self.tensors(), self._alive):
             pass
         return self._folder
 
@@ -266,6 +268,13 @@ def write_version(
     if durable:
         _sync_folder(folder)
     return Written(listing, head_crc32)
+
+
+def signed(tensors: Iterable[tuple[str, Tensor]], alive: Callable[[], None]) -> Iterator[tuple[str, Tensor]]:
+    """`tensors`, each of them a sign of life."""
+    for named in tensors:
+        alive()
+        yield named
 
 
 def copy_base(folder: Path, to: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import socket
 import tempfile
 import zlib
 from collections.abc import Callable
@@ -39,7 +40,11 @@ def claim_memory(under: Path | None = None) -> tuple[Path, Callable[[], None]]:
 
 
 def claim_folder(run_dir: Path, folder: str | None) -> Path:
-    """A folder of this run alone, emptied of what an earlier process left: a run has one trainer at a time.
+    """A folder of this run on this machine alone, emptied of what an earlier process left: a run has one trainer at a
+    time. What one left that was killed on another machine stays.
+
+    Args:
+        folder: that machines share, where several may have a run of one path; by default `weights` in the run's own.
 
     Raises:
         UserError: it cannot be made.
@@ -47,7 +52,8 @@ def claim_folder(run_dir: Path, folder: str | None) -> Path:
     run_dir = run_dir.absolute()
     root = run_dir / "weights"
     if folder is not None:
-        root = Path(folder).expanduser().absolute() / f"{run_dir.name}-{zlib.crc32(os.fsencode(run_dir)):08x}"
+        path = f"{zlib.crc32(os.fsencode(run_dir)):08x}"
+        root = Path(folder).expanduser().absolute() / f"{run_dir.name}-{socket.gethostname()}-{path}"
     try:
         if root.exists():
             shutil.rmtree(root)

@@ -73,6 +73,8 @@ class BestOfN(OnPolicy):
 
 def _is_whole(rollout: Rollout) -> bool:
     """Whether a model may learn from it to stop where it does: it ended by itself, says something, and was judged."""
+    if not rollout.said:  # no turn, or no item in it
+        return False
     said = rollout.said[-1] if isinstance(rollout.said, list) else rollout.said
     text = said["content"] if isinstance(said, dict) else said
     return rollout.finish_reason == "stop" and bool(text.strip()) and not rollout.failed

@@ -1,12 +1,13 @@
 """Whether engines and policy say the same of a token: after a sync, and of what a step trains on.
 
-A receipt proves that the bytes arrived; that the engine computes with them is proved by what it says next. It continues
-a few prompts, and the policy is asked about the same tokens.
+A receipt proves that the bytes arrived; that the engine computes with them is proved by what it says next. Every worker
+continues a prompt, and the policy is asked about the same tokens.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 from burnish.errors import SyncFailed
@@ -16,6 +17,8 @@ from burnish.rollouts import SamplingParams
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from burnish.rollout.collector import Collector
+    from burnish.rollouts import Prompt
     from burnish.workflows.rollout_rows import Batch
     from burnish.workflows.rollout_stream import RolloutStream
 
@@ -48,7 +51,8 @@ class Probe:
             SyncFailed: the engine does not compute what the policy does.
         """
         self._syncs = 0 if first else self._syncs + 1
-        if self._syncs % self.config.every:
+        # The second one is the first behind an update: an adapter's first weights change nothing, applied or not.
+        if self._syncs != 1 and self._syncs % self.config.every:
             return
         # Uncut, as the policy's own probabilities are.
         params = SamplingParams(
@@ -56,18 +60,24 @@ class Probe:
             max_new_tokens=self.config.num_tokens,
             stop_token_ids=self.sampling.stop_token_ids,
         )
-        count = self.config.num_prompts
-        groups = stream.sample(lambda collector: collector.probe_prompts(count), params, 1, "probe")
-        batch = stream.packed(groups or [])
-        if not batch.num_tokens:
+        groups = stream.sample(self.prompts, params, 1, "probe")
+        if not groups:  # a signal asks to stop, or there is no prompt to ask
             return
-        self.last = mismatch(stream, batch)
-        verdict = judge(self.last, self.limit)
+        found = mismatch(stream, stream.packed(groups))
+        if found.num_tokens:
+            self.last = found
+        verdict = judge(found, self.limit)
         if verdict.aligned:
             return
         if self.config.action == "refuse":
             raise SyncFailed(f"after the sync of policy {stream.version}, {verdict.words}")
         self.event("misaligned", version=stream.version, said=verdict.words)
+
+    def prompts(self, collector: Collector) -> list[Prompt]:
+        """One for each worker at least, the same ones again where there are more workers, with other seeds."""
+        found = collector.probe_prompts(self.config.num_prompts)
+        count = max(len(found), collector.fleet.num_workers) if found else 0
+        return [replace(prompt, index=place) for place, prompt in zip(range(count), cycle(found), strict=False)]
 
     def is_due(self) -> bool:
         """Whether a step of the policy that was synced last is to be measured as a whole."""

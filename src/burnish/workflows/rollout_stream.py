@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from burnish.errors import RefusedElsewhere, RunFailed, UserError
 from burnish.model.wire import outgoing
-from burnish.rollout.metrics import work_metrics
+from burnish.rollout.metrics import prompt_metrics, work_metrics
 from burnish.rollouts import RolloutGroup
 from burnish.workflows.rollout_rows import Batch, Layout
 
@@ -197,7 +198,7 @@ class RolloutStream:
         """Goes on behind what `state` had consumed. Raises ResumeError: the prompts are not those it was of."""
         self._require(state["extent"])
         self._frontier, self.over, self.version = state["frontier"], state["over"], -1
-        self._facts = {f"prompts_{name}": float(count) for name, count in state["counts"].items()}
+        self._facts = prompt_metrics(state["counts"])
         if self.collector is not None:
             with self._held() as collector:
                 collector.load(state)
@@ -227,22 +228,26 @@ class RolloutStream:
         found: dict[str, float] = {}
         if self.collector is not None:
             with self._held() as collector:
-                counts = Counter({f"prompts_{name}": n for name, n in collector.buffer.counts.items()})
+                counts = prompt_metrics(collector.buffer.counts)
                 found = {**collector.fleet.facts(), **counts, "environment_failures": collector.environment_failures}
         return self.mesh.from_first(found)
 
     @contextmanager
     def sleeping(self) -> Iterator[None]:
-        """Engines that share the policy's device give it their memory meanwhile."""
-        if self.collector is None or self._beside:
+        """Engines that share the policy's device give it their memory meanwhile, and get it back."""
+        if self._beside:
             yield
             return
-        self.collector.interrupt()  # of more prompts than a step needed, some may be unfinished
-        self.collector.fleet.sleep(self.mesh.alive)
+        if self.collector is not None:
+            self.collector.interrupt()  # of more prompts than a step needed, some may be unfinished
+            self.collector.fleet.sleep(self.mesh.alive)
         try:
             yield
         finally:
-            self.collector.fleet.wake(self.mesh.alive)
+            if self.mesh.device.type == "cuda":  # the allocator would keep what the update does not need any more
+                torch.cuda.empty_cache()
+            if self.collector is not None:
+                self.collector.fleet.wake(self.mesh.alive)
 
     def close(self) -> None:
         """Ends the thread; engines and rewards are their opener's."""

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from burnish.rollout.vllm_live import LiveVLLM
 
 WHERE = "workflow.rollout.engine"
+INSTALL = "`pip install vllm`, without a GPU scripts/install_vllm_cpu DIR; or `engine: {type: embedded}`"
 CPU_CACHE_GIB = 1.0
 """vLLM itself would take nine tenths of the machine's memory."""
 CPU_BLOCK_TOKENS = 32
@@ -100,6 +101,11 @@ class VLLM(Engine):
         if setup.model.head.type != "lm":
             yield "vLLM samples from a language model's own head"
 
+    def lacking(self) -> UserError | None:
+        if find_spec("vllm") is None:
+            return UserError("vLLM is not installed in this environment", where=WHERE, cure=INSTALL)
+        return None
+
     @property
     def needs_own_process(self) -> bool:
         return True
@@ -131,31 +137,30 @@ class VLLM(Engine):
         try:
             from vllm import EngineArgs, LLMEngine
         except ImportError as error:
-            raise UserError(
-                f"vLLM cannot be imported: {error}",
-                where=WHERE,
-                cure="`pip install vllm`, without a GPU scripts/install_vllm_cpu DIR; or `engine: {type: embedded}`",
-            ) from error
+            raise UserError(f"vLLM cannot be imported: {error}", where=WHERE, cure=INSTALL) from error
         if find_spec("vllm.model_executor.model_loader.reload") is None:
             raise UserError("this vLLM cannot take new weights", where=WHERE, cure="pip install 'vllm>=0.32'")
         from burnish.rollout.vllm_live import LiveVLLM
+        from burnish.rollout.weights_place import claim_memory
 
-        folder = Path(tempfile.mkdtemp(prefix="burnish-vllm-"))
+        folder, release = claim_memory(Path(tempfile.gettempdir()))  # which removes what killed workers left there
         try:
             arguments = self._arguments(setup, folder)
             _require_known(arguments, {field.name for field in dataclasses.fields(EngineArgs)})
-            return LiveVLLM(self._start(LLMEngine, EngineArgs(**arguments)), setup, folder, self.takes_adapter(setup))
+            engine = self._start(LLMEngine, EngineArgs(**arguments))
+            return LiveVLLM(engine, setup, folder, self.takes_adapter(setup), on_close=release)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
+            release()
             raise
 
     def _start(self, kind: Any, arguments: Any) -> Any:
         try:
             return kind.from_engine_args(arguments)
-        except (ValueError, RuntimeError, NotImplementedError, AssertionError, OSError) as error:
+        except (ValueError, NotImplementedError) as error:  # what it says of a configuration; all else may pass
             # vLLM's reasons are several lines, of which the last says what to change.
             raise UserError(
-                f"vLLM does not start: {' '.join(str(error).split())}",
+                f"vLLM does not start: {type(error).__name__}: {' '.join(str(error).split())}",
                 where=WHERE,
                 cure="change what it names; `engine: {type: embedded}` samples from any policy",
             ) from error

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 from burnish.component import Component
+from burnish.rollout.fleet import idle
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,8 +40,15 @@ class Sender(Protocol):
 class Receiver(Protocol):
     """A worker's end."""
 
-    def receive(self, parcel: dict[str, Any]) -> Weights:
-        """The version of a parcel. Raises SyncFailed: stale, partial, swapped or not there."""
+    def receive(self, parcel: dict[str, Any], alive: Callable[[], None] = idle) -> Weights:
+        """The version of a parcel.
+
+        Args:
+            alive: called again and again while bytes come, here and in the weights' `folder`; not while none come.
+
+        Raises:
+            SyncFailed: stale, partial, swapped or not there.
+        """
         ...
 
     def close(self) -> None: ...

@@ -21,6 +21,7 @@ from pydantic_core import PydanticCustomError
 from burnish.errors import UserError
 from burnish.ray_cluster import (
     ANSWER_SECONDS,
+    OF_LAUNCH,
     SECRETS,
     Cluster,
     actor_options,
@@ -57,8 +58,8 @@ class Ray(Watched):
 
     type: Literal["ray"] = "ray"
     address: Annotated[str, MinLen(1)] | None = None
-    """Of a running cluster: `auto`, `host:6379`, `ray://host:10001`; absent: one is started on this machine for this
-    run alone."""
+    """Of a running cluster: `auto`, `host:6379`, `ray://host:10001`; absent: the one that `launch: {type: ray}` stands
+    on, or else one that is started on this machine for this run alone."""
     resources_per_worker: Annotated[dict[str, Annotated[float, Gt(0)]], MinLen(1)] | Literal["auto"] = "auto"
     """What Ray sets aside for an engine, in Ray's names: `{GPU: 1, CPU: 8}`. CPU is also its number of threads. `auto`:
     a CPU, and a GPU where the cluster has some."""
@@ -101,7 +102,8 @@ class Ray(Watched):
         """The cluster that it stands on."""
         asked = {} if self.resources_per_worker == "auto" else self.resources_per_worker
         cpus = self.num_workers * asked.get("CPU", 1)
-        return Cluster(WHERE, self.address, cpus, self.allow_unauthenticated, self.working_dir)
+        address = self.address or os.environ.get(OF_LAUNCH)
+        return Cluster(WHERE, address, cpus, self.allow_unauthenticated, self.working_dir)
 
 
 class RayStarter:

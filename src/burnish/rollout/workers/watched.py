@@ -22,7 +22,8 @@ class Watched(Workers):
     """Processes, each with an engine of its own."""
     max_restarts: Annotated[int, Ge(0)] = 10
     """A worker may end or hang so often without finishing a request, and a request be in flight at so many ends of
-    workers, before the run is given up."""
+    workers, before the run is given up. One that cannot even be opened, because its machine is gone, ends no run in
+    which others finish requests: it is tried again and again, each time with an event."""
     heartbeat_seconds: Annotated[float, Gt(0)] = 120.0
     """A worker that is silent for so long is taken for hung, killed and started anew. Longer than the longest step of
     the engine, a prefill or a compilation, and than it takes to read new weights."""

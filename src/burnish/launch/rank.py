@@ -185,6 +185,7 @@ class _Rank:
         )
         # Not refused together: others would wait in a collective of the loading, and a rank that ends breaks it.
         policy = open_policy(recipe, mesh, around)
+        peak = peak_flops(mesh.device, getattr(torch, recipe.model.dtype))  # before engines start, which take the cores
         if prompts is not None:
             with refused_together(mesh):
                 stream = open_rollouts(
@@ -205,7 +206,7 @@ class _Rank:
             checkpointer=checkpointer,
             journal=self.journal,
             throughput=Throughput(policy.model, policy.second),
-            peak_flops=peak_flops(mesh.device, getattr(torch, recipe.model.dtype)),
+            peak_flops=peak,
             stop_requested=self.stop_requested,
             beat=self.beat,
             anomalies=Anomalies(recipe.anomaly),

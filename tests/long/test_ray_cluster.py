@@ -17,10 +17,13 @@ from typing import Any
 import pytest
 
 from burnish.launch.ray import Ray
+from burnish.rollout.workers.ray import Ray as RayWorkers
 from tests import rl_helpers, tiny_run
 from tests.e2e_helpers import events
 from tests.ranks import free_port
 from tests.ray_helpers import opened
+from tests.rollout_worker_helpers import assert_complete, collect, requests, tensors
+from tests.rollout_worker_helpers import opened as fleet_opened
 from tests.supervision_helpers import Recorded
 from tests.zygote import wait_until
 
@@ -95,6 +98,33 @@ def test_a_node_that_dies_leaves_a_smaller_run_that_can_grow_again(silently, nod
         assert cluster.count(tmp_path, {}).events == []
 
 
+def test_an_engine_whose_node_dies_is_missed_by_nobody_and_comes_back_with_a_node(nodes, tmp_path):
+    limits = {"heartbeat_seconds": 5.0, "start_seconds": 10.0, "max_restarts": 1}
+    workers = RayWorkers(num_workers=2, address=nodes.address, **limits)
+    fleet, told = fleet_opened(workers, tmp_path, step_seconds=0.02)
+    try:
+        fleet.publish(1, tensors, None)
+        asked, found = requests(range(30), length=10), []
+        fleet.submit(asked)
+        while len(found) < 20:
+            found += fleet.poll(0.1)
+        raylets = {node.all_processes["raylet"][0].process.pid: node for node in nodes.worker_nodes}
+        (struck,) = [node for raylet, node in raylets.items() if told.pids()[1] in _below(raylet)]
+        nodes.remove_node(struck, allow_graceful=False)
+        found += collect(fleet, 120 - len(found), seconds=60.0)
+        assert_complete(found + fleet.poll(0.3), asked, version=1)
+        # Nothing but its machine is wrong with it: it is asked for again, however often, while the other one works.
+        asked = requests(range(30, 60), length=10)
+        while len(told.of("hung")) < 3:
+            fleet.submit(asked)
+            assert_complete(collect(fleet, 120), asked, version=1)
+        nodes.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+        wait_until(lambda: fleet.poll(0.1) == [] and fleet.facts()["workers"] == 2, 60.0)
+    finally:
+        fleet.close()
+    assert len(told.of("started")) == 3 and len(told.of("refitted")) == 1
+
+
 def _below(pid: int) -> list[int]:
     """All processes that a process started, and that those started."""
     found = [pid]
@@ -130,6 +160,8 @@ from ray.cluster_utils import Cluster
 from burnish.errors import UserError
 from burnish.launch.ray import Ray
 from tests.ray_helpers import opened
+from tests.rollout_worker_helpers import assert_complete, collect, requests, tensors
+from tests.rollout_worker_helpers import opened as fleet_opened
 
 small = {"num_cpus": 2, "object_store_memory": 80 * 2**20, "include_dashboard": False}
 nodes = Cluster(initialize_head=True, head_node_args=small)

@@ -92,6 +92,14 @@ def test_the_lag_of_a_rollout_is_that_of_its_oldest_token():
     assert lag_metrics([], version=5) == {}
 
 
+def test_reward_processes_are_busy_for_the_share_of_their_time_that_calls_took():
+    before = {"reward_seconds": 1.0, "reward_workers": 2.0, "reward_restarts": 0.0}
+    now = {"reward_seconds": 4.0, "reward_workers": 2.0, "reward_restarts": 1.0, "reward_failures": 3.0}
+    found = work_metrics(before, now, seconds=2.0)
+    assert (found["reward_busy"], found["reward_restarts"]) == (0.75, 1.0)
+    assert "reward_failures" not in found  # by name, they are those of the step's groups
+
+
 def test_engines_work_is_what_their_counters_gained():
     before = {"sampled_tokens": 100.0, "busy_seconds": 2.0, "workers": 2.0, "prompts_trained": 8.0}
     now = {"sampled_tokens": 300.0, "busy_seconds": 5.0, "workers": 2.0, "prompts_trained": 12.0, "restarts": 1.0}

@@ -206,8 +206,8 @@ class RewardPool:
 
     def facts(self) -> dict[str, float]:
         """Sums since it was made: `reward_failures` in rollouts, `reward_retries` and `reward_restarts`,
-        `reward_seconds` of all processes."""
-        return dict(self._facts)
+        `reward_seconds` of all processes; and `reward_workers`, how many there are."""
+        return self._facts | {"reward_workers": float(len(self._workers))}
 
     def close(self) -> None:
         """Ends all processes."""

@@ -13,18 +13,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from burnish.environments.base import Observation
 from burnish.errors import DataError, RunFailed
 from burnish.rewards.pool import CallFailed, Draft, Score
 from burnish.rollout.buffer import Buffer
 from burnish.rollout.episode import Episode, seed_of
+from burnish.rollout.metrics import prompt_metrics
 from burnish.rollouts import Completion, Prompt, Rollout, RolloutGroup, SamplingParams
 
 if TYPE_CHECKING:
     from burnish.rollout.config import RolloutConfig
     from burnish.rollout.fleet import Fleet
+    from burnish.rollout.judges import Judges
     from burnish.rollouts import Dialogue
 
 Kind = Literal["train", "eval", "probe"]
@@ -36,28 +38,6 @@ the one that had nothing to say."""
 
 LOOK_SECONDS = 0.1
 """Between two looks at engines that are asked nothing, while rewards are waited for."""
-
-
-class Judges(Protocol):
-    """What computes rewards and environments beside the collector; see `rewards.pool.RewardPool`."""
-
-    def score(self, key: str, prompt: Prompt, drafts: Sequence[Draft]) -> None: ...
-
-    def reset(self, key: str, row: dict[str, Any], seed: int) -> None: ...
-
-    def step(self, key: str, state: Any, action: str) -> None: ...
-
-    def poll(self, seconds: float) -> list[tuple[Any, Any]]: ...
-
-    def abort(self) -> None: ...
-
-    def misspoken(self, where: str, why: str) -> None: ...
-
-    @property
-    def num_unfinished(self) -> int: ...
-
-    @property
-    def signs_of_life(self) -> int: ...
 
 
 @dataclass(slots=True)
@@ -219,6 +199,12 @@ class Collector:
             self.judges.abort()
             self._open.clear()
             self.buffer.interrupt()
+
+    def facts(self) -> dict[str, float]:
+        """Counters of engines, rewards and prompts; see `rollout.metrics.work_metrics`."""
+        prompts = prompt_metrics(self.buffer.counts)
+        failures = {"environment_failures": float(self.environment_failures)}
+        return self.fleet.facts() | self.judges.facts() | prompts | failures
 
     def state(self) -> dict[str, Any]:
         """JSON of everything that a resume needs."""

@@ -78,15 +78,18 @@ def lag_metrics(groups: Iterable[RolloutGroup], version: int) -> dict[str, float
 
 
 def work_metrics(before: Mapping[str, float], now: Mapping[str, float], seconds: float) -> dict[str, float]:
-    """What engines did in the `seconds` between two readings of their counters."""
+    """What engines and reward processes did in the `seconds` between two readings of their counters."""
     done = {name: now[name] - before.get(name, 0.0) for name in now}
     workers = max(now.get("workers", 1.0), 1.0)
     metrics = {
         "rollout_tokens_per_second": done.get("sampled_tokens", 0.0) / seconds,
         "engine_busy": done.get("busy_seconds", 0.0) / (seconds * workers),
     }
+    if judges := now.get("reward_workers"):
+        metrics["reward_busy"] = done.get("reward_seconds", 0.0) / (seconds * judges)
     watched = ("restarts", "resubmitted", "environment_failures")
     metrics |= {f"rollout_{name}": now[name] for name in watched if now.get(name)}
+    metrics |= {name: now[name] for name in ("reward_restarts", "reward_retries") if now.get(name)}
     return metrics | {name: count for name, count in done.items() if name.startswith("prompts_") and count}
 
 

@@ -216,7 +216,7 @@ class RolloutStream:
         return (states or [self.ledger_state()])[0]
 
     def work(self) -> dict[str, float]:
-        """What engines did since the last call, and how long syncs took; see `rollout.metrics.work_metrics`."""
+        """What engines and rewards did since the last call, and how long syncs took."""
         now, facts = time.perf_counter(), self.facts()
         found = work_metrics(self._facts, facts, now - self._asked)
         self._facts, self._asked = facts, now
@@ -224,12 +224,11 @@ class RolloutStream:
         return found | {"sync_seconds": sync[0], "sync_bytes": sync[1]}
 
     def facts(self) -> dict[str, float]:
-        """The engines' counters, the same on every rank; see `Fleet.facts`."""
+        """Counters of engines, rewards and prompts, the same on every rank."""
         found: dict[str, float] = {}
         if self.collector is not None:
             with self._held() as collector:
-                counts = prompt_metrics(collector.buffer.counts)
-                found = {**collector.fleet.facts(), **counts, "environment_failures": collector.environment_failures}
+                found = collector.facts()
         return self.mesh.from_first(found)
 
     @contextmanager

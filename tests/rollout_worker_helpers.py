@@ -13,7 +13,7 @@ from typing import Any
 
 from burnish.errors import RunFailed, SyncFailed, UserError
 from burnish.rollout.engine import Engine, EngineSetup, Receipt, Weights
-from burnish.rollout.fleet import Fleet
+from burnish.rollout.fleet import Fleet, Parts
 from burnish.rollout.sync.base import WeightSync
 from burnish.rollout.workers.watched import Watched
 from burnish.rollouts import Completion, Request, SamplingParams
@@ -227,7 +227,7 @@ def opened(workers: Watched, folder: Path, **engine: Any) -> tuple[Fleet, Events
     """A fleet of scripted engines."""
     events = Events()
     engine_made, sync = Scripted(folder=str(folder), **engine), ByFile(folder=str(folder))
-    return workers.open(engine_made, SETUP, sync, model=None, run_dir=folder, event=events), events
+    return workers.open(Parts(engine_made, SETUP, sync, None, folder, events)), events
 
 
 def tensors() -> Iterator[tuple[str, Any]]:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from burnish.errors import RestartsExhausted, RunFailed, SyncFailed, UserError
-from burnish.rollout.fleet import Fleet
+from burnish.rollout.fleet import Fleet, Parts
 from burnish.rollout.host_process import ProcessLink
 from burnish.rollout.workers.inline import Inline
 from burnish.rollout.workers.processes import Processes
@@ -386,7 +386,7 @@ def test_an_engine_in_this_process_is_brought_weights_only_if_it_asks(tmp_path):
         return tensors()
 
     engine, sync = Scripted(folder=str(tmp_path), slots=2), ByFile(folder=str(tmp_path))
-    fleet = Inline().open(engine, SETUP, sync, model=None, run_dir=tmp_path, event=Events())
+    fleet = Inline().open(Parts(engine, SETUP, sync, None, tmp_path, Events()))
     (receipt,) = fleet.publish(9, counted, None)
     assert (receipt.version, receipt.digest, len(asked_for)) == (9, digest_of(TENSORS), 1)
     asked = requests([0, 1], group_size=3)
@@ -406,7 +406,7 @@ def test_an_engine_that_samples_from_the_policys_own_model_is_brought_nothing(tm
         raise AssertionError("the policy's tensors were gathered for nobody")
 
     engine, sync = Borrowed(folder=str(tmp_path)), ByFile(folder=str(tmp_path))
-    fleet = Inline().open(engine, SETUP, sync, model=None, run_dir=tmp_path, event=Events())
+    fleet = Inline().open(Parts(engine, SETUP, sync, None, tmp_path, Events()))
     for version in (0, 1):
         (receipt,) = fleet.publish(version, gathered, None)
         assert (receipt.version, receipt.num_bytes) == (version, 0)

@@ -170,6 +170,7 @@ def _collector(
 ) -> Collector:
     from burnish.model.wire import describe
     from burnish.rollout.collector import Collector
+    from burnish.rollout.fleet import Parts
 
     workflow = on_policy(recipe)
     assert workflow is not None
@@ -177,14 +178,8 @@ def _collector(
     folder = Path(recipe.run_dir) / "tokenizer"
     texts.tokenizer.save_pretrained(folder)
     describe(policy.model, folder, base_path=recipe.model.path or "", base_revision=recipe.model.revision)
-    fleet = rollout.workers.open(
-        rollout.engine,
-        engine_setup(recipe, texts, student),
-        rollout.sync,
-        model=policy.model,
-        run_dir=Path(recipe.run_dir).absolute(),
-        event=event,
-    )
+    setup, run_dir = engine_setup(recipe, texts, student), Path(recipe.run_dir).absolute()
+    fleet = rollout.workers.open(Parts(rollout.engine, setup, rollout.sync, policy.model, run_dir, event))
     stack.callback(fleet.close)
     return Collector(
         config=rollout,

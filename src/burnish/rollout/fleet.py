@@ -8,7 +8,7 @@ holds the published weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from burnish.component import Component
 
@@ -98,28 +98,24 @@ class Fleet(Protocol):
         ...
 
 
+class Parts(NamedTuple):
+    """What a fleet is made of, beside the workers' own fields."""
+
+    engine: Engine
+    setup: EngineSetup
+    sync: WeightSync
+    model: PolicyModel | None
+    """The policy's own, for an engine in this process."""
+    run_dir: Path
+    event: Event
+    """Told of starts, deaths, hangs and refits of workers, with their process ids."""
+
+
 class Workers(Component):
     """Where engines run, chosen by `rollout.workers: {type: inline | processes | ray}`."""
 
-    def open(
-        self,
-        engine: Engine,
-        setup: EngineSetup,
-        sync: WeightSync,
-        *,
-        model: PolicyModel | None,
-        run_dir: Path,
-        event: Event,
-    ) -> Fleet:
-        """Starts them.
-
-        Args:
-            model: the policy's own model, for an engine in this process.
-            event: told of starts, deaths, hangs and refits of workers, with their process ids.
-
-        Raises:
-            UserError: what they need is not there.
-        """
+    def open(self, parts: Parts) -> Fleet:
+        """Starts them. Raises UserError: what they need is not there."""
         raise AssertionError(f"{type(self).__name__} cannot be opened")
 
     @property

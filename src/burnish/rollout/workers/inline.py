@@ -15,9 +15,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from burnish.model.policy_model import PolicyModel
-    from burnish.rollout.engine import Engine, EngineSetup, LiveEngine, Receipt, Weights
-    from burnish.rollout.fleet import Event
+    from burnish.rollout.engine import Receipt, Weights
+    from burnish.rollout.fleet import Parts
     from burnish.rollout.sync.base import WeightSync
     from burnish.rollouts import Completion, Request
 
@@ -27,17 +26,8 @@ class Inline(Workers):
 
     type: Literal["inline"] = "inline"
 
-    def open(
-        self,
-        engine: Engine,
-        setup: EngineSetup,
-        sync: WeightSync,
-        *,
-        model: PolicyModel | None,
-        run_dir: Path,
-        event: Event,
-    ) -> Fleet:
-        return InlineFleet(engine.open(setup, model), engine.capacity, sync, run_dir)
+    def open(self, parts: Parts) -> Fleet:
+        return InlineFleet(parts)
 
     @property
     def beside(self) -> bool:
@@ -47,9 +37,9 @@ class Inline(Workers):
 class InlineFleet:
     """One engine, stepped by whoever polls; see `Fleet`."""
 
-    def __init__(self, live: LiveEngine, capacity: int, sync: WeightSync, run_dir: Path) -> None:
-        self._live, self.capacity = live, capacity
-        self._channel = _Channel(sync, run_dir)
+    def __init__(self, parts: Parts) -> None:
+        self._live, self.capacity = parts.engine.open(parts.setup, parts.model), parts.engine.capacity
+        self._channel = _Channel(parts.sync, parts.run_dir)
 
     @property
     def num_workers(self) -> int:

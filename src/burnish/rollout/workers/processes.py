@@ -14,12 +14,7 @@ from burnish.errors import UserError
 from burnish.rollout.workers.watched import Watched
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from burnish.model.policy_model import PolicyModel
-    from burnish.rollout.engine import Engine, EngineSetup
-    from burnish.rollout.fleet import Event, Fleet
-    from burnish.rollout.sync.base import WeightSync
+    from burnish.rollout.fleet import Fleet, Parts
 
 
 class Processes(Watched):
@@ -41,18 +36,8 @@ class Processes(Watched):
             raise PydanticCustomError("gpus", "{gpus} GPUs cannot be dealt out to {workers} workers evenly", given)
         return self
 
-    def open(
-        self,
-        engine: Engine,
-        setup: EngineSetup,
-        sync: WeightSync,
-        *,
-        model: PolicyModel | None,
-        run_dir: Path,
-        event: Event,
-    ) -> Fleet:
+    def open(self, parts: Parts) -> Fleet:
         from burnish.rollout.host_process import ProcessStarter
-        from burnish.rollout.pool import Pool
 
         cores = os.sched_getaffinity(0) if sys.platform == "linux" else set(range(os.cpu_count() or 1))
         missing = sorted(set(self.cpus or ()) - cores)
@@ -65,8 +50,7 @@ class Processes(Watched):
         auto = os.environ.get("OMP_NUM_THREADS") or str(max(len(self.cpus or cores) // self.num_workers, 1))
         environment = {"OMP_NUM_THREADS": auto if self.num_threads == "auto" else str(self.num_threads)}
         starter = ProcessStarter(environment, gpus=self._dealt(), cpus=self.cpus)
-        order = self.order(engine, setup, sync)
-        return Pool(starter, self.num_workers, order, engine.capacity, sync.sender(run_dir), self.limits(), event)
+        return self.pool(starter, parts)
 
     def _dealt(self) -> list[list[int]] | None:
         if self.gpus is None:

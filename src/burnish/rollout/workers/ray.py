@@ -35,12 +35,7 @@ from burnish.rollout.host_process import Heard, ProcessLink, ProcessStarter, lis
 from burnish.rollout.workers.watched import Watched
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from burnish.model.policy_model import PolicyModel
-    from burnish.rollout.engine import Engine, EngineSetup
-    from burnish.rollout.fleet import Event, Fleet
-    from burnish.rollout.sync.base import WeightSync
+    from burnish.rollout.fleet import Fleet, Parts
 
 WHERE = "workflow.rollout.workers"
 
@@ -78,25 +73,8 @@ class Ray(Watched):
             )
         return self
 
-    def open(
-        self,
-        engine: Engine,
-        setup: EngineSetup,
-        sync: WeightSync,
-        *,
-        model: PolicyModel | None,
-        run_dir: Path,
-        event: Event,
-    ) -> Fleet:
-        from burnish.rollout.pool import Pool
-
-        starter, order = RayStarter(self), self.order(engine, setup, sync)
-        try:
-            sender = sync.sender(run_dir)
-            return Pool(starter, self.num_workers, order, engine.capacity, sender, self.limits(), event)
-        except BaseException:
-            starter.close()  # a cluster that was started for it
-            raise
+    def open(self, parts: Parts) -> Fleet:
+        return self.pool(RayStarter(self), parts)
 
     def cluster(self) -> Cluster:
         """The cluster that it stands on."""

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge, Gt
 
 from burnish.rollout.fleet import Workers
 
 if TYPE_CHECKING:
-    from burnish.rollout.engine import Engine, EngineSetup
-    from burnish.rollout.host import Open
-    from burnish.rollout.pool_worker import Limits
-    from burnish.rollout.sync.base import WeightSync
+    from burnish.rollout.fleet import Parts
+    from burnish.rollout.pool import Pool
+    from burnish.rollout.pool_worker import Limits, Starter
 
 
 class Watched(Workers):
@@ -38,8 +37,15 @@ class Watched(Workers):
 
         return Limits(self.heartbeat_seconds, self.start_seconds, self.sync_seconds, self.max_restarts)
 
-    def order(self, engine: Engine, setup: EngineSetup, sync: WeightSync) -> Open:
-        """What each worker is told first."""
+    def pool(self, starter: Starter[Any], parts: Parts) -> Pool:
+        """Its workers, which `starter` starts; it is closed where they cannot be."""
         from burnish.rollout.host import Open
+        from burnish.rollout.pool import Pool
 
-        return Open(engine, setup, sync, beat_seconds=min(1.0, self.heartbeat_seconds / 10))
+        order = Open(parts.engine, parts.setup, parts.sync, beat_seconds=min(1.0, self.heartbeat_seconds / 10))
+        try:
+            sender = parts.sync.sender(parts.run_dir)
+            return Pool(starter, self.num_workers, order, parts.engine.capacity, sender, self.limits(), parts.event)
+        except BaseException:
+            starter.close()  # a cluster may have been started for them
+            raise

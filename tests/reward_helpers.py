@@ -40,6 +40,11 @@ def never(completions: list[str], **columns: Any) -> list[float]:
     raise KeyError("the verifier was not deployed")
 
 
+def one_for_all(completions: list[str], **columns: Any) -> list[float]:
+    """A list of one number, however many completions there are."""
+    return [1.0]
+
+
 def number(completions: list[str]) -> Any:
     """A number, and no list of them."""
     return 1.0

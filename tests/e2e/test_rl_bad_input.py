@@ -89,7 +89,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str, str]] = {
         {"preset": "cispo", "loss": {"max_ratio": 0.28}}, "workflow.loss.max_ratio", "would shrink", "1.28 here",
     ),
     "ppo without a head": (
-        {"preset": "ppo"}, "model.head", "a head 'value'", "`{type: multi, heads: {value: {type: scalar}}}`",
+        {"preset": "ppo"}, "model.head", "a head 'value'", "heads: {lm: {type: lm}, value: {type: scalar}}}`",
     ),
     "too many minibatches": ({"num_minibatches": 5}, "workflow.num_minibatches", "4 prompts a step", "at most 4"),
     "several ranks": (
@@ -131,7 +131,11 @@ def test_one_of_each_prompt_is_enough_without_a_group(lab: Lab):
 
 @pytest.mark.parametrize(
     ("path", "said"),
-    [("nowhere:right", "nowhere:right: cannot be imported"), (f"{HERE}tow", f"{HERE}tow: there is no 'tow'")],
+    [
+        ("nowhere:right", "nowhere:right: cannot be imported"),
+        (f"{HERE}tow", f"{HERE}tow: there is no 'tow'"),
+        ("mine.py:right", "mine.py:right: it names a file, not a module"),
+    ],
 )
 def test_a_reward_that_is_not_there_is_refused_before_a_model_is_loaded(lab: Lab, path: str, said: str):
     without_weights = lab.folder / "without-weights"

@@ -141,6 +141,13 @@ def test_a_reward_that_raises_is_told_with_its_reason(tmp_path, capsys, blocks):
     assert others.startswith("exact_match 0 for ")
 
 
+def test_a_reward_that_says_one_number_for_all_completions_is_told(tmp_path, capsys, blocks):
+    path = "tests.reward_helpers:one_for_all"
+    blocks["workflow"]["rewards"].append({"type": "function", "path": path, "name": "hasty"})
+    [warned] = lines(check(tmp_path, capsys, blocks), "warning", "rewards")
+    assert warned.startswith("hasty failed for two completions of ") and "1 numbers for 2 completions" in warned
+
+
 @pytest.mark.parametrize(
     ("role", "verdict", "said"),
     [("user", "ok", "answered, "), ("nobody", "refused", "nobody")],

@@ -407,3 +407,12 @@ def test_what_is_interrupted_for_an_update_is_begun_anew():
     assert indices(groups) == [2, 3] and fleet.all.count("3.1.0") == 2
     assert all(rollout.oldest_version == 1 for group in groups for rollout in group.rollouts)
     assert late.versions == [0, 0] and made.buffer.counts["sampled again"] == 2
+
+
+def test_a_run_of_which_nothing_is_ever_rewarded_ends():
+    judges = ScriptedJudges(react=lambda state, action: CallFailed(f"{action}(): no answer in 10 s"))
+    made = collector(ScriptedFleet(), judges, interactive=True, max_turns=2, max_policy_lag=1)
+    with pytest.raises(RunFailed, match=r"`environment` failed for every rollout of the last 4 prompts, up to rows"):
+        for _ in range(10):
+            made.pump(0.0)
+    assert made.buffer.ready() is not None  # what came before is still there

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -243,7 +243,7 @@ class Asking:
 
         def event(kind: str, **facts: Any) -> None:
             if "reward" in facts:
-                told.append(facts)
+                told.append({"kind": kind, **facts})
 
         prompt, dialogue = self.example, self.dialogue
         tokens = [*prompt.token_ids[-DUMMY_TOKENS:], *dialogue.stop_token_ids[:1]]
@@ -255,19 +255,15 @@ class Asking:
         try:
             if interactive:
                 yield from self._environment(pool, prompt, tokens)
-            pool.score("", prompt, [Draft(dialogue.said(prompt, [tokens]), tokens, "stop")])
-            ((_, (score,)),) = _answer(pool)
+            # Two of one prompt: a reward that says one number for all of them shows.
+            pool.score("", prompt, [Draft(dialogue.said(prompt, [tokens]), tokens, "stop")] * 2)
+            ((_, (score, _)),) = _answer(pool)
         except RunFailed as error:
             yield Finding("rewards", "refused", str(error), "try the rewards by themselves")
             return
         finally:
             pool.close()
-        for facts in told:
-            if facts["reward"] in score.failed:
-                cure = "a run would go on, with the reward's `failed_value`"
-                yield Finding(
-                    "rewards", "warning", f"{facts['reward']} failed for {prompt.where}: {facts['why']}", cure
-                )
+        yield from _misbehaved(told, prompt, score.failed)
         values = ", ".join(f"{name} {value:.4g}" for name, value in score.terms.items() if name not in score.failed)
         if values:
             answer = dialogue.text(tokens)
@@ -297,6 +293,19 @@ class Asking:
             yield Finding.refusal("rewards", error)
             return
         yield Finding("rewards", "ok", f"the environment {kind} answered, {len(between):,} tokens to the next turn")
+
+
+def _misbehaved(told: Sequence[Mapping[str, Any]], prompt: Prompt, failed: Sequence[str]) -> Iterator[Finding]:
+    """What a pool told of rewards that were asked about two completions."""
+    for facts in told:
+        if facts["kind"] == "reward_failed":
+            text = f"{facts['reward']} failed for {prompt.where}: {facts['why']}"
+            cure = "mend it: a run gives `failed_value` where it fails, and ends where it always does"
+            yield Finding("rewards", "warning", text, cure)
+        elif facts["kind"] == "reward_asked_again" and facts["reward"] not in failed:
+            text = f"{facts['reward']} failed for two completions of {prompt.where}: {facts['why']}"
+            cure = "a number for each completion, in a list: a run asks it about each alone, which takes longer"
+            yield Finding("rewards", "warning", text, cure)
 
 
 def key_bytes(hf_config: PretrainedConfig, width: int) -> int:

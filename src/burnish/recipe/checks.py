@@ -146,7 +146,8 @@ def heads(recipe: Recipe) -> Iterator[Misfit]:
         read |= loss.heads().keys()
         for name, form in loss.heads().items():
             part, example = parts.get(name), _EXAMPLES[form]
-            named = f"`{example}`" if name == "score" else f"`{{type: multi, heads: {{{name}: {example}}}}}`"
+            others = "lm: {type: lm}, " if loss.needs & _TOKEN_OUTPUTS else ""
+            named = f"`{example}`" if name == "score" else f"`{{type: multi, heads: {{{others}{name}: {example}}}}}`"
             if part is None or part.makes != "scores":
                 reason = f"the loss {loss.type} reads the scores of a head '{name}'; the model has {', '.join(parts)}"
                 yield Misfit(path, reason, f"{named}, or name another with the loss's `head:`")

@@ -40,6 +40,8 @@ class Function(Reward):
 
     def _found(self) -> Callable[..., Any]:
         module_name, _, name = self.path.partition(":")
+        if module_name.endswith(".py"):
+            raise self._refused("it names a file, not a module", f"`{module_name.removesuffix('.py')}:{name}`")
         try:
             found: Any = importlib.import_module(module_name)
         except Exception as error:  # the module is the user's, and half written as often as not

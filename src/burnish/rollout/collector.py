@@ -82,6 +82,8 @@ class Collector:
     """Of the policy that was published last."""
     buffer: Buffer = field(init=False)
     environment_failures: int = 0
+    _unrewarded: int = 0
+    """Groups in a row of which no rollout could be rewarded."""
     _open: dict[str, _Open] = field(default_factory=dict)
     _done: dict[str, RolloutGroup] = field(default_factory=dict)
     """Groups that are no training data, by the name of their prompt."""
@@ -347,13 +349,26 @@ class Collector:
         finished = RolloutGroup(group.prompt, tuple(rollouts), group.version)
         if group.kind != "train":
             self._done[name] = finished
-        elif self.version - finished.version > self.config.max_policy_lag:
+            return
+        self._require_rewards(finished)
+        if self.version - finished.version > self.config.max_policy_lag:
             self.buffer.commit(finished)
             self.buffer.again(group.prompt.index)
         elif self.config.drop_uniform and len(set(finished.rewards)) == 1:
             self.buffer.leave_out(group.prompt.index, "uniform")
         else:
             self.buffer.commit(finished)
+
+    def _require_rewards(self, group: RolloutGroup) -> None:
+        """Raises RunFailed: nothing was rewarded for two steps, from which nothing can be learned."""
+        failed = [set(rollout.failed) for rollout in group.rollouts]
+        self._unrewarded = self._unrewarded + 1 if all(failed) else 0
+        if self._unrewarded >= 2 * self.per_step:
+            names = ", ".join(f"`{name}`" for name in sorted(set.union(*failed)))
+            raise RunFailed(
+                f"{names} failed for every rollout of the last {self._unrewarded} prompts, up to {group.prompt.where}\n"
+                f"  cure: mend it; why it failed first is in events.jsonl, under reward_failed or environment_failed"
+            )
 
 
 def _rollout(dialogue: Dialogue, episode: Episode, judged: Score) -> Rollout:

@@ -94,7 +94,7 @@ class Run:
     journal: Journal
     throughput: Throughput
     peak_flops: float
-    """FLOP/s of this device that `mfu` and `hfu` are shares of."""
+    """FLOP/s of this device that `mfu` and `hfu` are shares of; of a CPU, at least what the quickest step needed."""
     stop_requested: Callable[[], str | None] = lambda: None
     """Name of the signal that asked the run to stop, if one did."""
     beat: Callable[[str], None] = lambda _: None
@@ -213,7 +213,10 @@ class Run:
             "step_seconds": seconds,
         }
         if flops is not None:
-            limit = seconds * self.peak_flops * mesh.world_size
+            device_seconds = seconds * mesh.world_size
+            if mesh.device.type == "cpu":  # no step outdoes its device: the peak was measured amid other work
+                self.peak_flops = max(self.peak_flops, executed / device_seconds)
+            limit = device_seconds * self.peak_flops
             self._record |= {"mfu": useful / limit, "hfu": executed / limit}
         if update.skipped:
             self._note_rows("step_skipped", update.reason, blocks)

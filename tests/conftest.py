@@ -1,4 +1,4 @@
-"""Fixtures that several test files share; each is made once a session."""
+"""Fixtures that several test files share; each is made once a session, or once a file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny_run
+from tests import rl_helpers, tiny_run
+from tests.e2e_helpers import Lab
 from tests.zygote import Zygote
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -32,3 +33,11 @@ def zygote() -> Iterator[Zygote]:
     """Runs whole commands in about a second each."""
     with Zygote() as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def lab(zygote: Zygote, tiny_model: Path, tiny_train: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """Whole commands in a folder of the test file's own, with prompts in it for reinforcement learning."""
+    folder = tmp_path_factory.mktemp("lab")
+    rl_helpers.write_prompts(folder)
+    return Lab(zygote, folder, tiny_model, tiny_train)

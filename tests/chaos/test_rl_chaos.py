@@ -14,17 +14,10 @@ import pytest
 
 from tests import rl_helpers, tiny_run
 from tests.e2e_helpers import Lab, column, events
-from tests.zygote import Trial, Zygote
+from tests.zygote import Trial
 
 LAUNCH = {"type": "processes", "num_workers": 1, "max_restarts": 30}
 SCRIPT = [[100, 101, 2], [102, 103, 104, 105, 106, 2], [107, 2]]
-
-
-@pytest.fixture(scope="module")
-def lab(zygote: Zygote, tiny_model: Path, tiny_train: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    folder = tmp_path_factory.mktemp("rl-chaos")
-    rl_helpers.write_prompts(folder)
-    return Lab(zygote, folder, tiny_model, tiny_train)
 
 
 def recipe(lab: Lab, **changes: Any) -> dict[str, Any]:

@@ -10,14 +10,7 @@ import pytest
 
 from tests import rl_helpers, tiny_run
 from tests.e2e_helpers import Lab, column, events
-from tests.zygote import Zygote, wait_until
-
-
-@pytest.fixture(scope="module")
-def lab(zygote: Zygote, tiny_model: Path, tiny_train: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    folder = tmp_path_factory.mktemp("rl")
-    rl_helpers.write_prompts(folder)
-    return Lab(zygote, folder, tiny_model, tiny_train)
+from tests.zygote import wait_until
 
 
 def changes(lab: Lab, **workflow):

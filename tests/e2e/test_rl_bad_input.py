@@ -12,17 +12,9 @@ import pytest
 from burnish.cli import main
 from tests import rl_helpers, tiny_run
 from tests.e2e_helpers import Lab, column, ledger
-from tests.zygote import Zygote
 
 HERE = "tests.rl_bad_helpers:"
 SCRIPT = [[100, 101, 2], [102, 103, 104, 105, 106, 2], [107, 2]]
-
-
-@pytest.fixture(scope="module")
-def lab(zygote: Zygote, tiny_model: Path, tiny_train: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    folder = tmp_path_factory.mktemp("rl-bad")
-    rl_helpers.write_prompts(folder)
-    return Lab(zygote, folder, tiny_model, tiny_train)
 
 
 def changes(lab: Lab, top: dict[str, Any] | None = None, **workflow: Any) -> dict[str, Any]:

@@ -28,13 +28,6 @@ class Nagger(Environment):
         return Observation([said], state + 1, rewards={"patience": 0.1})
 
 
-@pytest.fixture(scope="module")
-def lab(zygote: Zygote, tiny_model: Path, tiny_train: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    folder = tmp_path_factory.mktemp("dialogue")
-    rl_helpers.write_prompts(folder)
-    return Lab(zygote, folder, tiny_model, tiny_train)
-
-
 def test_a_dialogue_trains_on_what_was_sampled_and_reads_what_was_answered(lab: Lab):
     environment = {"type": "tests.e2e.test_rl_dialogue:Nagger"}
     sampling = {"max_new_tokens": 8, "stop": list("aeiourstn ")}

@@ -10,17 +10,9 @@ import pytest
 from tests import rl_helpers, tiny_run
 from tests.e2e.test_many_ranks import exported
 from tests.e2e_helpers import Lab, column, events
-from tests.zygote import Zygote
 
 SCRIPT = [[100, 101, 2], [102, 103, 104, 105, 106, 2], [107, 2], [280, 290, 300, 310, 2]]
 TWO = {"type": "processes", "num_workers": 2}
-
-
-@pytest.fixture(scope="module")
-def lab(zygote: Zygote, tiny_model: Path, tiny_train: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    folder = tmp_path_factory.mktemp("rl-ranks")
-    rl_helpers.write_prompts(folder)
-    return Lab(zygote, folder, tiny_model, tiny_train)
 
 
 def changes(lab: Lab, engine: dict[str, Any] | None = None, **top: Any) -> dict[str, Any]:

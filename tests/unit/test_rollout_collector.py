@@ -6,13 +6,14 @@ from __future__ import annotations
 import json
 import random
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from burnish.environments.base import Observation
 from burnish.errors import DataError, RunFailed
-from burnish.rewards.pool import CallFailed
+from burnish.rewards.pool import CallFailed, Draft, Score
 from burnish.rollouts import Prompt, Request, SamplingParams
 from tests.collector_helpers import (
     STOP,
@@ -409,10 +410,29 @@ def test_what_is_interrupted_for_an_update_is_begun_anew():
     assert late.versions == [0, 0] and made.buffer.counts["sampled again"] == 2
 
 
-def test_a_run_of_which_nothing_is_ever_rewarded_ends():
-    judges = ScriptedJudges(react=lambda state, action: CallFailed(f"{action}(): no answer in 10 s"))
-    made = collector(ScriptedFleet(), judges, interactive=True, max_turns=2, max_policy_lag=1)
-    with pytest.raises(RunFailed, match=r"`environment` failed for every rollout of the last 4 prompts, up to rows"):
+class Failing(ScriptedJudges):
+    """Of two rewards these fail for every rollout."""
+
+    def __init__(self, *failed: str) -> None:
+        super().__init__()
+        self.failed = failed
+
+    def score(self, key: str, prompt: Prompt, drafts: Sequence[Draft]) -> None:
+        self.finished.append((key, [Score({"right": 0.0, "form": 1.0}, 1.0, self.failed) for _ in drafts]))
+
+
+@pytest.mark.parametrize("failed", [("right", "form"), ("environment",)])
+def test_a_run_of_which_nothing_is_ever_rewarded_ends(failed):
+    made = collector(ScriptedFleet(), Failing(*failed), max_policy_lag=1)
+    with pytest.raises(RunFailed, match=f"`{min(failed)}`.* failed for every rollout of the last 4 prompts, up to row"):
         for _ in range(10):
             made.pump(0.0)
     assert made.buffer.ready() is not None  # what came before is still there
+
+
+def test_one_of_two_rewards_may_fail_for_ever():
+    made = collector(ScriptedFleet(), Failing("right"))
+    for version in range(1, 7):
+        collected(made)
+        made.published(version)
+    assert made.buffer.counts["trained"] == 12

@@ -89,9 +89,9 @@ class Ray(Supervised):
         return self
 
     def cluster(self, largest: int, engines: Engines | None = None) -> Cluster:
-        """The cluster of a run with so many ranks at most, and its engines."""
+        """The cluster of a run with so many ranks at most, and its engines if they name no other one."""
         asked = {} if self.resources_per_worker == "auto" else self.resources_per_worker
-        beside = 0.0 if engines is None else engines.cluster().num_cpus
+        beside = 0.0 if engines is None or engines.address is not None else engines.cluster().num_cpus
         return Cluster(
             "launch",
             self.address,

@@ -219,6 +219,7 @@ class Collector:
         self._open.clear()
         self._done.clear()
         self._refused.clear()
+        self._unrewarded = 0
         self.buffer.load(state)
 
     def _begin(self) -> bool:
@@ -360,11 +361,16 @@ class Collector:
             self.buffer.commit(finished)
 
     def _require_rewards(self, group: RolloutGroup) -> None:
-        """Raises RunFailed: nothing was rewarded for two steps, from which nothing can be learned."""
-        failed = [set(rollout.failed) for rollout in group.rollouts]
-        self._unrewarded = self._unrewarded + 1 if all(failed) else 0
+        """Raises RunFailed: nothing was rewarded for two steps, from which nothing can be learned. One of several
+        rewards may fail that long: a parser does until another reward has taught the form that it reads."""
+        is_unrewarded = all(
+            "environment" in rollout.failed or (rollout.failed and rollout.terms.keys() <= set(rollout.failed))
+            for rollout in group.rollouts
+        )
+        self._unrewarded = self._unrewarded + 1 if is_unrewarded else 0
         if self._unrewarded >= 2 * self.per_step:
-            names = ", ".join(f"`{name}`" for name in sorted(set.union(*failed)))
+            failed = sorted({name for rollout in group.rollouts for name in rollout.failed})
+            names = ", ".join(f"`{name}`" for name in failed)
             raise RunFailed(
                 f"{names} failed for every rollout of the last {self._unrewarded} prompts, up to {group.prompt.where}\n"
                 f"  cure: mend it; why it failed first is in events.jsonl, under reward_failed or environment_failed"
